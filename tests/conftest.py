@@ -1,0 +1,46 @@
+"""A real PostgreSQL for every test that asks: one server a session, one fresh database a test."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+from uuid import uuid4
+
+import asyncpg
+import pytest
+import pytest_asyncio
+
+from chassis.embedded import EmbeddedPostgres
+
+# Its data is thrown away with the session, so nothing waits for the disk.
+_THROWAWAY = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """The url, as superuser, of this session's own embedded server."""
+    directory = Path(tempfile.mkdtemp(prefix="tollgate-tests-"))
+    try:
+        with EmbeddedPostgres.start(directory, settings=_THROWAWAY) as server:
+            yield server.url
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest_asyncio.fixture
+async def database_url(postgres_url: str) -> AsyncIterator[str]:
+    """The url, as superuser, of a fresh empty database that is dropped after the test.
+
+    Roles belong to the whole server: those that a migration made stay for the next test.
+    """
+    name = f"test_{uuid4().hex}"
+    connection = await asyncpg.connect(postgres_url)
+    try:
+        await connection.execute(f"CREATE DATABASE {name}")
+        yield urlunsplit(urlsplit(postgres_url)._replace(path=f"/{name}"))
+        await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    finally:
+        await connection.close()
