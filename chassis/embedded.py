@@ -171,9 +171,10 @@ class EmbeddedPostgres:
 
     def alive(self) -> bool:
         """Whether the server runs. The owner's calls also keep the log file small."""
-        if self._process is None:
+        if self._process is None or self._identity is None:
             return not self.is_owner and _port_answers(_port_of(self.url))
-        _trim(self._files.log)
+        with contextlib.suppress(OSError):
+            _trim(self._files.log, self._identity)
         return self._process.poll() is None
 
     def restart(self) -> None:
@@ -223,6 +224,7 @@ class EmbeddedPostgres:
 
     def _bring_up(self, port: int | None = None) -> None:
         assert self._identity is not None
+        _clear_half_made(self._files)
         if not self._files.cluster.exists():
             _initialise(self._files, self._identity)
         _check_major(self._files)
@@ -252,7 +254,7 @@ class EmbeddedPostgres:
     def _run_until_ready(self, port: int) -> str | None:
         """Start `postgres`; None once it answers, else what it said before it ended."""
         assert self._identity is not None
-        _trim(self._files.log)
+        _trim(self._files.log, self._identity)
         options = {**self._settings, "port": str(port)}
         command = [str(_binary("postgres")), "-D", str(self._files.data)]
         command += [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
@@ -318,8 +320,6 @@ def _finish(process: subprocess.Popen[bytes]) -> tuple[int, str]:
 
 def _initialise(files: _Files, identity: _Identity) -> None:
     """Make the cluster beside its place, then rename: a half-made one is never in the place."""
-    for rest in files.directory.glob("new-*"):
-        shutil.rmtree(rest, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix="new-", dir=files.directory))
     try:
         _own(staging, identity)
@@ -335,6 +335,15 @@ def _initialise(files: _Files, identity: _Identity) -> None:
         _sync(files.directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _clear_half_made(files: _Files) -> None:
+    """Remove what a killed first start left; its initdb may take a moment to notice and end."""
+    deadline = time.monotonic() + _LEFTOVER_TIMEOUT_S
+    while (rest := list(files.directory.glob("new-*"))) and time.monotonic() < deadline:
+        for path in rest:
+            shutil.rmtree(path, ignore_errors=True)
+        time.sleep(_POLL_S)
 
 
 def _clear_previous(files: _Files) -> None:
@@ -563,12 +572,15 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _trim(log: Path) -> None:
+def _trim(log: Path, identity: _Identity) -> None:
     """Keep one older generation. PostgreSQL appends, so the file can be emptied under it."""
-    with contextlib.suppress(FileNotFoundError):
-        if log.stat().st_size > _LOG_BYTES_MAX:
-            shutil.copyfile(log, log.with_name(f"{log.name}.1"))
-            os.truncate(log, 0)
+    if not log.exists() or log.stat().st_size <= _LOG_BYTES_MAX:
+        return
+    older = log.with_name(f"{log.name}.1")
+    with open(log, "rb") as source, open(older, "wb", opener=_private) as target:
+        shutil.copyfileobj(source, target)
+    _own(older, identity)
+    os.truncate(log, 0)
 
 
 def _tail(log: Path, offset: int) -> str:
