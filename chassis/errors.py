@@ -22,7 +22,7 @@ class Billed(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One field, limit or precondition that was not met: `subject` names it, `description` says why."""
+    """A field, limit or precondition that was not met: `subject` names it, `description` why."""
 
     subject: str
     description: str
@@ -74,12 +74,18 @@ class RateLimited(NotBilled):
 
 # Not billed and safe to retry: all of UNAVAILABLE is.
 class Unavailable(NotBilled):
-    """Nothing was spent and the same call may be sent again after `retry_after_s` (1 s if unsaid)."""
+    """Nothing was spent; the same call may be sent again after `retry_after_s`, in seconds."""
 
     code = "UNAVAILABLE"
 
-    def __init__(self, message: str, *, retry_after_s: float = 1.0, **rest: Mapping[str, str]) -> None:
-        super().__init__(message, retry_after_s=retry_after_s, metadata=rest.get("metadata"))
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after_s: float | None = 1.0,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s, metadata=metadata)
 
 
 class Overloaded(Unavailable):

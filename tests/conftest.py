@@ -12,8 +12,11 @@ from uuid import uuid4
 import asyncpg
 import pytest
 import pytest_asyncio
+from pydantic import SecretStr
 
+from chassis.call import Call, calling
 from chassis.embedded import EmbeddedPostgres
+from chassis.settings import MeshSettings
 
 # Its data is thrown away with the session, so nothing waits for the disk.
 _THROWAWAY = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
@@ -44,3 +47,26 @@ async def database_url(postgres_url: str) -> AsyncIterator[str]:
         await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
     finally:
         await connection.close()
+
+
+@pytest.fixture
+def mesh_without_database(tmp_path: Path) -> MeshSettings:
+    """Settings of a mesh of this test's own, for rooms that keep nothing."""
+    return MeshSettings(
+        state_dir=tmp_path / "state",
+        mesh_secret=SecretStr("a secret of this test"),
+        grace_s=2.0,
+    )
+
+
+@pytest.fixture
+def mesh(mesh_without_database: MeshSettings, database_url: str) -> MeshSettings:
+    """Settings of a mesh of this test's own, on a fresh database."""
+    return mesh_without_database.model_copy(update={"database_url": SecretStr(database_url)})
+
+
+@pytest.fixture
+def as_tenant() -> Iterator[Call]:
+    """Make the test's own calls on behalf of the tenant `acme`."""
+    with calling(Call(tenant="acme", request_id=f"test-{uuid4().hex}")) as call:
+        yield call

@@ -1,0 +1,42 @@
+"""The one policy of retrying: exponential with jitter, honouring what the refusal asked for."""
+
+from __future__ import annotations
+
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_random_exponential,
+)
+
+from chassis.errors import TollgateError, Unavailable
+
+_backoff = wait_random_exponential(multiplier=0.1, max=5)
+
+
+def _wait(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.retry_after_s if isinstance(error, TollgateError) else None
+    # Never sooner than asked while the asking is short; what asks for longer is not retried here.
+    return max(_backoff(state), min(asked or 0.0, 5.0) * 0.1)
+
+
+def retrying(
+    attempts: int = 5,
+    *,
+    for_s: float | None = None,
+    on: tuple[type[BaseException], ...] = (Unavailable,),
+) -> AsyncRetrying:
+    """Retry what raises `on`, at most `attempts` times and, where given, for at most `for_s`.
+
+    Use as `async for attempt in retrying(): with attempt: …`; the last error is raised as it was.
+    """
+    stop = stop_after_attempt(attempts)
+    return AsyncRetrying(
+        stop=stop | stop_after_delay(for_s) if for_s is not None else stop,
+        wait=_wait,
+        retry=retry_if_exception_type(on),
+        reraise=True,
+    )
