@@ -215,7 +215,7 @@ class ServiceMode(_message.Message):
     SET_TIME_FIELD_NUMBER: _builtins.int
     SET_BY_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service: parser, embedder, storage or corpus."""
+    """The service: parser, embedder or storage; the corpus has no mode of its own."""
     mode: Global___Mode.ValueType
     """Its mode."""
     set_by: _builtins.str
@@ -290,7 +290,7 @@ class SetModeRequest(_message.Message):
     SERVICE_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service; all of them when empty."""
+    """The service: parser, embedder or storage; all of them when empty."""
     mode: Global___Mode.ValueType
     """The mode."""
     def __init__(
