@@ -21,7 +21,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from chassis import tasks, telemetry
+from chassis.embedded import EmbeddedPostgresError
 from chassis.interceptors import Authenticate, Guard, Interceptor, mesh_identity
+from chassis.postgres import MigrationError
 from chassis.settings import MeshSettings, RoomSettings, SettingsError, load
 
 log = logging.getLogger(__name__)
@@ -192,7 +194,7 @@ def launch(wire: Wire[Room], settings: type[Room]) -> None:
     stop_telemetry = telemetry.start(room, mesh)
     try:
         uvloop.run(_run(wire(mesh, own)))
-    except StartError as error:
+    except (StartError, EmbeddedPostgresError, MigrationError) as error:
         log.critical(str(error))
         sys.exit(1)
     except Exception:
