@@ -37,14 +37,10 @@ class _Pen:
     y: float = HEIGHT - MARGIN
     marks: list[str] = field(default_factory=list)
 
-    def text(
-        self, words: str, *, size: float, bold: bool = False, x: float = MARGIN
-    ) -> None:
+    def text(self, words: str, *, size: float, bold: bool = False, x: float = MARGIN) -> None:
         escaped = words.replace("\\", r"\\").replace("(", r"\(").replace(")", r"\)")
         font = "/F2" if bold else "/F1"
-        self.marks.append(
-            f"BT {font} {size} Tf {x:.2f} {self.y:.2f} Td ({escaped}) Tj ET"
-        )
+        self.marks.append(f"BT {font} {size} Tf {x:.2f} {self.y:.2f} Td ({escaped}) Tj ET")
 
     def rule(self, x1: float, y1: float, x2: float, y2: float) -> None:
         self.marks.append(f"{x1:.2f} {y1:.2f} m {x2:.2f} {y2:.2f} l S")
@@ -67,14 +63,10 @@ class _Pen:
         for number, row in enumerate(rows):
             self.y = top - height * number - BODY * 1.35
             for column, cell in enumerate(row):
-                self.text(
-                    cell, size=BODY, bold=number == 0, x=MARGIN + 4 + step * column
-                )
+                self.text(cell, size=BODY, bold=number == 0, x=MARGIN + 4 + step * column)
         bottom = top - height * len(rows)
         for number in range(len(rows) + 1):
-            self.rule(
-                MARGIN, top - height * number, WIDTH - MARGIN, top - height * number
-            )
+            self.rule(MARGIN, top - height * number, WIDTH - MARGIN, top - height * number)
         for column in range(columns + 1):
             self.rule(MARGIN + step * column, top, MARGIN + step * column, bottom)
         self.y = bottom - BODY * 2
@@ -102,10 +94,7 @@ def _page(text: str, number: int) -> bytes:
             pen.heading(block[2:], HEADING)
         elif block.startswith("|"):
             pen.table(
-                [
-                    [cell.strip() for cell in row[1:-1].split("|")]
-                    for row in block.split("\n")
-                ]
+                [[cell.strip() for cell in row[1:-1].split("|")] for row in block.split("\n")]
             )
         else:
             pen.paragraph(block)
@@ -132,9 +121,7 @@ def handbook() -> bytes:
         box = f"/MediaBox [0 0 {WIDTH} {HEIGHT}] /Resources << {fonts} >>"
         contents = f"/Contents {6 + 2 * index} 0 R"
         objects.append(f"<< /Type /Page /Parent 2 0 R {box} {contents} >>".encode())
-        objects.append(
-            b"<< /Length %d >>\nstream\n%s\nendstream" % (len(content), content)
-        )
+        objects.append(b"<< /Length %d >>\nstream\n%s\nendstream" % (len(content), content))
     objects.append(b"<< /Title (Saltmere Harbour: handbook) /Author (Tollgate) >>")
     return _file(objects)
 
