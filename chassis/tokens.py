@@ -107,7 +107,7 @@ def _count_minilm(texts: Sequence[str]) -> list[int]:
 @cache
 def _cl100k_count() -> Callable[[str], int]:
     # Loaded on first use: the vocabulary takes 33 MB.
-    from rs_bpe.bpe import openai  # type: ignore[import-not-found]  # compiled, without stubs
+    from rs_bpe.bpe import openai
 
     count: Callable[[str], int] = openai.cl100k_base().count
     return count

@@ -91,10 +91,7 @@ def encoder(weights: Mapping[str, np.ndarray], shape: Shape) -> bytes:
 
 def quantized(model: bytes) -> bytes:
     """The same encoder with int8 weights (one scale a column) and activations quantized as met."""
-    from onnxruntime.quantization import (  # type: ignore[import-untyped]  # no stubs
-        QuantType,
-        quantize_dynamic,
-    )
+    from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with tempfile.TemporaryDirectory(prefix="tollgate-") as folder:
         source, target = Path(folder, "fp32.onnx"), Path(folder, "int8.onnx")

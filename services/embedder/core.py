@@ -31,6 +31,9 @@ _FRAMING_BYTES = 10
 # How many faults of one request are named; the rest would only repeat them.
 _VIOLATIONS_MAX = 10
 
+# How much of a caller's name for something goes back to it.
+_NAME_SHOWN_MAX = 64
+
 # Unit vectors, one a text: [texts, dimensions].
 Vectors: TypeAlias = NDArray[np.float32]
 
@@ -56,7 +59,7 @@ class Space:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model of a provider. `tokens_max` is per text, as `tokenizer` (see chassis.tokens) counts."""
+    """A model of a provider. `tokens_max` is per text; `tokenizer` is a name of chassis.tokens."""
 
     name: str
     dimensions: int
@@ -123,7 +126,7 @@ class Provider(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a caller asks: `provider` empty for any, `space_id` empty for any, 0 dimensions for any."""
+    """What a caller asks. `provider`, `space_id` and `dimensions` that are empty or 0 mean any."""
 
     model: str
     texts: Sequence[str]
@@ -146,7 +149,8 @@ class Embedding:
 class Embedder:
     """Embeds through the providers it is given; the first that knows a model serves it.
 
-    `on_batch(provider, portions)` is told of every batch. A provider in `down` is known and refused.
+    `on_batch(provider, portions)` is told of every batch. A provider that could not start is
+    still known, and its calls are refused.
     """
 
     def __init__(
@@ -234,9 +238,7 @@ class Embedder:
         if not provider:
             return list(self._providers.values())
         if provider not in self._providers:
-            raise NotFound(
-                "no such provider here", violations=[Violation("provider", provider[:64])]
-            )
+            raise _not_found("provider", provider, "no such provider here")
         return [self._providers[provider]]
 
     def _find(self, provider: str, model: str) -> tuple[Provider, Model]:
@@ -246,9 +248,7 @@ class Embedder:
             found = candidate.model(model)
             if found is not None:
                 return candidate, found
-        raise NotFound(
-            "no such model here; ListModels has them", violations=[Violation("model", model[:64])]
-        )
+        raise _not_found("model", model, "no such model here; ListModels has them")
 
 
 def portions(whole: Portion, limits: BatchLimits) -> Iterator[Portion]:
@@ -306,6 +306,10 @@ def _batcher(
 
 def _part(whole: Portion, first: int, end: int) -> Portion:
     return Portion(whole.model, whole.texts[first:end], whole.tokens[first:end])
+
+
+def _not_found(kind: str, name: str, message: str) -> NotFound:
+    return NotFound(message, violations=[Violation(f"{kind}/{name[:_NAME_SHOWN_MAX]}", message)])
 
 
 def _refuse_space(request: Request, model: Model) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
+from tollgate.embedder.v1 import embedder_pb2_grpc
 
 from chassis import telemetry
-from chassis.server import Daemon, launch
-from chassis.settings import MeshSettings, RoomSettings, load, room_config
+from chassis.server import Daemon, StartError, launch
+from chassis.settings import MeshSettings, RoomSettings, SettingsError, load, room_config
 from services.embedder import providers
-from services.embedder.core import Embedder
+from services.embedder.core import Embedder, Provider
 from services.embedder.service import EmbedderService
-from tollgate.embedder.v1 import embedder_pb2_grpc
 
 SERVICE = "tollgate.embedder.v1.EmbedderService"
 
@@ -50,35 +51,38 @@ class Settings(RoomSettings):
 @asynccontextmanager
 async def wire(mesh: MeshSettings, settings: Settings) -> AsyncIterator[Daemon]:
     """Start the embedder; the daemon serves until the context ends."""
-    files = {name: providers.file_of(name) for name in settings.providers.split(",")}
-    made = [
-        file.provider(load(file.Settings)[0], mesh.state_dir / "embedder")
-        for file in files.values()
-    ]
+    names = settings.providers.split(",")
     embedder = Embedder(
-        made,
+        [_provider(name, mesh.state_dir / "embedder") for name in names],
         inputs_max=settings.inputs_max,
         waiting_max=settings.waiting_max,
         on_batch=_batch_sizes(),
     )
-    faults = await embedder.start()
     try:
-        for name, fault in faults.items():
-            log.error(
-                "a provider cannot serve",
-                extra={"fields": {"provider": name, "why": fault.message}},
-            )
+        faults = await embedder.start()
+        if len(faults) == len(names):
+            raise StartError("; ".join(f"{name}: {fault}" for name, fault in faults.items()))
         daemon = Daemon("embedder", mesh, listen=settings.listen)
         embedder_pb2_grpc.add_EmbedderServiceServicer_to_server(
             EmbedderService(embedder), daemon.server
         )
-        daemon.serves(SERVICE, providers=list(files))
+        daemon.serves(SERVICE, providers=names)
+        for name, fault in faults.items():
+            log.error("a provider is down", extra={"fields": {"provider": name, "why": str(fault)}})
+            await daemon.set_health(f"{SERVICE}/{name}", serving=False)
         async with daemon.serving():
-            for name in faults:
-                daemon.set_health(f"{SERVICE}/{name}", serving=False)
             yield daemon
     finally:
         await embedder.close()
+
+
+def _provider(name: str, cache_dir: Path) -> Provider:
+    file = providers.file_of(name)
+    try:
+        _, own = load(MeshSettings, file.Settings)
+    except SettingsError as error:
+        raise StartError("; ".join(error.faults)) from None
+    return file.provider(own, cache_dir)
 
 
 def _batch_sizes() -> Callable[[str, int], None]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from typing import Any
 
 import grpc
-
-from chassis.answer import stamp
-from chassis.call import current
-from services.embedder.core import Embedder, Model, Provider, Request, Vectors
 from tollgate.cost.v1 import usage_pb2
 from tollgate.embedder.v1 import embedder_pb2 as pb
 from tollgate.embedder.v1 import embedder_pb2_grpc
 from tollgate.router.v1 import answer_pb2
+
+from chassis.answer import stamp
+from chassis.call import current
+from services.embedder.core import Embedder, Model, Provider, Request, Vectors
 
 # The tag of a length-delimited field 1: both of EmbedResponse.vectors and of Vector.values.
 _FIELD_1 = b"\x0a"
@@ -27,7 +28,7 @@ class EmbedderService(embedder_pb2_grpc.EmbedderServiceServicer):
     async def Embed(
         self,
         request: pb.EmbedRequest,
-        context: grpc.aio.ServicerContext[pb.EmbedRequest, pb.EmbedResponse],
+        context: grpc.aio.ServicerContext[pb.EmbedRequest, Awaitable[pb.EmbedResponse]],
     ) -> pb.EmbedResponse:
         embedding = await self._embedder.embed(
             Request(
@@ -53,7 +54,7 @@ class EmbedderService(embedder_pb2_grpc.EmbedderServiceServicer):
     async def ListModels(
         self,
         request: pb.ListModelsRequest,
-        context: grpc.aio.ServicerContext[pb.ListModelsRequest, pb.ListModelsResponse],
+        context: grpc.aio.ServicerContext[pb.ListModelsRequest, Awaitable[pb.ListModelsResponse]],
     ) -> pb.ListModelsResponse:
         found = self._embedder.models(current().provider)
         providers = {provider.name: provider for provider, _ in found}
@@ -65,7 +66,7 @@ class EmbedderService(embedder_pb2_grpc.EmbedderServiceServicer):
     async def CountTokens(
         self,
         request: pb.CountTokensRequest,
-        context: grpc.aio.ServicerContext[pb.CountTokensRequest, pb.CountTokensResponse],
+        context: grpc.aio.ServicerContext[pb.CountTokensRequest, Awaitable[pb.CountTokensResponse]],
     ) -> pb.CountTokensResponse:
         provider, model, tokens = await self._embedder.count(
             current().provider, request.model, request.inputs

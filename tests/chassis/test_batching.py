@@ -280,4 +280,4 @@ def test_bounds_of_nothing_are_refused(bound: str) -> None:
     """A batcher that could never send anything cannot be made."""
     bounds = {"items_max": 1, "waiting_max": 1, "in_flight": 1} | {bound: 0}
     with pytest.raises(ValueError, match="at least 1"):
-        Batcher(Doubler().run, **bounds)
+        Batcher(Doubler().run, **bounds)  # type: ignore[arg-type]  # all are int

@@ -18,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
-import onnxruntime  # type: ignore[import-untyped]  # it ships no stubs
+import onnxruntime
 from pydantic import Field
 from pydantic_settings import BaseSettings
 
