@@ -17,13 +17,7 @@ from functools import partial
 from typing import Any
 
 import grpc
-from opentelemetry.trace import (
-    NonRecordingSpan,
-    SpanKind,
-    get_current_span,
-    set_span_in_context,
-    use_span,
-)
+from opentelemetry.trace import SpanKind, get_current_span, use_span
 
 from chassis import call as calls
 from chassis import telemetry
@@ -70,12 +64,9 @@ Layer = Callable[[Serving, Proceed], Awaitable[Any]]
 async def tracing(serving: Serving, proceed: Proceed) -> Any:
     """A server span named by the method, continuing the caller's trace, and its duration."""
     parent = telemetry.parse_traceparent(str(serving.metadata.get(calls.TRACEPARENT, "")))
-    span = telemetry.tracer().start_span(
-        serving.method,
-        context=set_span_in_context(NonRecordingSpan(parent)) if parent else None,
-        kind=SpanKind.SERVER,
-        attributes={"rpc.system.name": "grpc", "rpc.method": serving.method},
-    )
+    span = telemetry.start_remote_child(serving.method, parent, SpanKind.SERVER)
+    if span.is_recording():
+        span.set_attributes({"rpc.system.name": "grpc", "rpc.method": serving.method})
     started, outcome = time.perf_counter(), "OK"
     with use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
         try:
