@@ -1,4 +1,6 @@
-"""API keys: a file of hashes, one JSON object a line, that the router reads and `tollgate keys` writes.
+"""API keys: a file of hashes, one JSON object a line.
+
+The router reads it and `tollgate keys` writes it.
 
 A key is `tg_<id>_<secret>`. The secret has 256 random bits, so a plain SHA-256 of the key is all
 that the file holds: there is nothing to guess. The key itself is shown once, when it is made.
@@ -49,7 +51,7 @@ def default_path(state_dir: Path) -> Path:
 
 
 class KeyFile:
-    """The keys of one file. It is read again whenever it has changed; a missing file has no keys."""
+    """The keys of one file, read again whenever it has changed; a missing file has no keys."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
