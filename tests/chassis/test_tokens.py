@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from chassis.errors import NotFound, ProviderUnavailable
-from chassis.tokens import count_tokens, counted_tokens, minilm_file, tokenizer_of
+from chassis.errors import InvalidField, NotFound, ProviderUnavailable
+from chassis.tokens import (
+    TEXT_CHARACTERS_MAX,
+    count_tokens,
+    counted_tokens,
+    minilm_file,
+    tokenizer_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +42,23 @@ def test_an_unknown_tokenizer_is_not_found() -> None:
     """Tokens are never guessed at: a tokenizer that is not bundled is refused."""
     with pytest.raises(NotFound):
         count_tokens("o900k", ["text"])
+
+
+@pytest.mark.parametrize("tokenizer", ["minilm", "cl100k_base", "words"])
+def test_a_huge_text_is_refused_before_it_is_tokenized(tokenizer: str) -> None:
+    """A text that would take memory without bound is refused by name; the largest is counted."""
+    largest = "a " * (TEXT_CHARACTERS_MAX // 2)
+    [count] = count_tokens(tokenizer, [largest])
+    assert count >= TEXT_CHARACTERS_MAX // 2
+    with pytest.raises(InvalidField) as refusal:
+        count_tokens(tokenizer, ["a", largest + "b"])
+    assert refusal.value.violations[0].subject == "inputs[1]"
+
+
+def test_many_texts_are_counted_in_order() -> None:
+    """However many texts there are, each has its own count."""
+    assert count_tokens("minilm", ["a " * n for n in range(30)]) == [n + 2 for n in range(30)]
+    assert count_tokens("minilm", []) == []
 
 
 def test_models_name_their_tokenizers() -> None:

@@ -134,8 +134,8 @@ async def test_every_answer_says_what_it_used_and_where_it_came_from(
     embedder: Client, provider: str, model: str, tokens: int, simulated: bool
 ) -> None:
     """Usage and provenance travel in the trailers, so that an answer can be metered undecoded."""
-    with embedder.peer._client_span(embedder.stub.Embed) as span:
-        metadata = embedder.peer.metadata(span, "", "", provider)
+    span = embedder.peer.start_span(embedder.stub.Embed)
+    metadata = embedder.peer.metadata(span, "", "", provider)
     call = embedder.stub.Embed(
         pb.EmbedRequest(model=model, inputs=[QUESTION]), timeout=20, metadata=metadata
     )
@@ -210,6 +210,11 @@ BAD_INPUTS = {
         InvalidField,
         "inputs[1]",
     ),
+    "a huge text": (
+        pb.EmbedRequest(model="mock-8", inputs=["a", "b " * 1_000_000], truncate=True),
+        InvalidField,
+        "inputs[1]",
+    ),
     "an answer over the limit": (
         pb.EmbedRequest(model="mock-4096", inputs=["a"] * 300),
         InvalidField,
@@ -272,11 +277,11 @@ async def test_a_call_without_identity_is_refused(embedder: Client) -> None:
 async def test_concurrent_calls_share_batches(mesh: MeshSettings, tmp_path: Path) -> None:
     """Calls that arrive together travel together, and each gets its own answer."""
     sizes: list[int] = []
-    async with mock_daemon(mesh, tmp_path, sizes, latency_s=0.02) as caller:
+    async with mock_daemon(mesh, tmp_path, sizes, latency_s=0.5) as caller:
         requests = [pb.EmbedRequest(model="mock-32", inputs=[f"word{n}"]) for n in range(200)]
         answers = await asyncio.gather(*map(caller.embed, requests))
-        alone = [await caller.embed(request) for request in requests[::50]]
-    assert sum(sizes) == 204
+        assert sum(sizes) == 200
+        alone = await asyncio.gather(*map(caller.embed, requests[::50]))
     assert len(sizes) < 100
     assert [answer.vectors for answer in answers[::50]] == [answer.vectors for answer in alone]
 

@@ -63,7 +63,8 @@ class Mock:
 
     name = "mock"
     simulated = True
-    limits = BatchLimits(texts_max=2_048, tokens_max=1_000_000, in_flight=16)
+    # It computes on the event loop: a batch is some 20 ms of work at the most.
+    limits = BatchLimits(texts_max=2_048, tokens_max=16_384, in_flight=16)
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
