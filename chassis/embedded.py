@@ -39,7 +39,7 @@ DATABASE = "tollgate"
 
 _EXEC = Path(__file__).with_name("embedded_exec.py")
 _ATTACH_TIMEOUT_S = 60.0
-_READY_TIMEOUT_S = 120.0
+_READY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 30.0
 _LEFTOVER_TIMEOUT_S = 20.0
 _POLL_S = 0.02
@@ -76,7 +76,7 @@ _FORKER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="embedded-postgre
 
 
 class EmbeddedPostgresError(Exception):
-    """The embedded server cannot do as asked. The message is for people: what is wrong, what to do."""
+    """The server cannot do as asked. The message is for people: what is wrong and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +123,10 @@ class _Files:
 class EmbeddedPostgres:
     """A running server. Make one with `start`; one object is used from one thread at a time.
 
-    `url` is `postgresql://tollgate:<password>@127.0.0.1:<port>/tollgate`, a superuser, and stays
-    the same for as long as the port is free between runs. `is_owner` tells whether this process
-    runs the server or attached to one that another runs.
+    `url` is `postgresql://tollgate:<password>@127.0.0.1:<port>/tollgate?sslmode=disable`, a
+    superuser, and stays the same for as long as the port is free between runs. (With TLS left open
+    a client looks for certificates in a home that it may not be allowed to read.) `is_owner` tells
+    whether this process runs the server or attached to one that another runs.
     """
 
     url: str = field(repr=False)
@@ -191,7 +192,7 @@ class EmbeddedPostgres:
             self._bring_up(port=_port_of(self.url))
 
     def stop(self) -> None:
-        """Shut down cleanly: open transactions are rolled back. Idempotent; nothing when attached."""
+        """Shut down cleanly, rolling back what is open. Idempotent; does nothing when attached."""
         self._end()
         if self._lock is not None:
             os.close(self._lock)
@@ -239,7 +240,7 @@ class EmbeddedPostgres:
         ports_left = _PORTS_MAX
         while True:
             port = fixed_port or _free_port(wanted)
-            self.url = f"postgresql://{USER}:{password}@127.0.0.1:{port}/{DATABASE}"
+            self.url = f"postgresql://{USER}:{password}@127.0.0.1:{port}/{DATABASE}?sslmode=disable"
             said = self._run_until_ready(port)
             if said is None:
                 return
@@ -264,7 +265,12 @@ class EmbeddedPostgres:
             process = self._process = _spawn(self._identity, command, log.fileno())
         if _run_to_end(_until_ready(self.url, process)):
             return None
-        self._end()
+        if process.poll() is None:
+            self._end()
+            raise EmbeddedPostgresError(
+                f"the embedded PostgreSQL did not answer within {_READY_TIMEOUT_S:.0f} s: see "
+                f"{self._files.log}"
+            )
         return _tail(self._files.log, offset)
 
 
@@ -308,7 +314,7 @@ def _spawn(
 
 
 def _finish(process: subprocess.Popen[bytes]) -> tuple[int, str]:
-    """Wait for a child made with a pipe; (exit status, what it said). It dies if we are interrupted."""
+    """The exit status of a child made with a pipe, and what it said. It dies if we are stopped."""
     with process:
         try:
             said, _ = process.communicate()
@@ -474,7 +480,7 @@ async def _answers(url: str) -> bool:
             connection = await asyncpg.connect(url, database="postgres", timeout=5)
             await connection.execute(f"CREATE DATABASE {DATABASE}")
         await connection.close()
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+    except (ConnectionError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
         return False
     return True
 
@@ -554,6 +560,7 @@ def _read(path: Path) -> str:
 def _write(path: Path, text: str, identity: _Identity) -> None:
     """Replace the file whole, readable by its owner alone."""
     if _read(path) == text:
+        _own(path, identity)
         return
     new = path.with_name(f"{path.name}.new")
     with open(new, "w", opener=_private) as file:
@@ -596,8 +603,8 @@ def _check_major(files: _Files) -> None:
     major = _read(files.data / "PG_VERSION").strip()
     if major != str(MAJOR):
         raise EmbeddedPostgresError(
-            f"{files.cluster} holds data of PostgreSQL {major or '(unknown)'} and this release runs "
-            f"{MAJOR}: move that directory away to begin anew, or dump it with PostgreSQL "
+            f"{files.cluster} holds data of PostgreSQL {major or '(unknown)'} and this release "
+            f"runs {MAJOR}: move that directory away to begin anew, or dump it with PostgreSQL "
             f"{major or 'of its version'} and restore it"
         )
 

@@ -4,8 +4,9 @@
 
 IDENTITY is `plain` (stay who we are), `namespace:UID` (a user namespace in which our own id is
 shown as UID, so files stay owned by us) or `setuid:UID:GID` (drop root for good). Each PATH must
-be one that user may enter or execute. Without a COMMAND this is a question: the exit status is the answer, and
-the reason is one line on stderr. Only the standard library: `-S` leaves site-packages out.
+be one that user may enter or execute. Without a COMMAND this is a question: the exit status is
+the answer, and the reason is one line on stderr. Only the standard library: `-S` leaves
+site-packages out.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def main(arguments: list[str]) -> int:
         if command:
             os.execv(command[0], command)
     except OSError as error:
-        print(f"tollgate: {error}", file=sys.stderr)
+        print(f"tollgate: {error.strerror or error}", file=sys.stderr)
         return REFUSED
     return 0
 

@@ -269,7 +269,9 @@ async def test_nobody_listening_is_away() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         with pytest.raises(OSError) as refused:
-            await asyncpg.connect(f"postgresql://a:b@127.0.0.1:{taken.getsockname()[1]}/c")
+            await asyncpg.connect(
+                f"postgresql://a:b@127.0.0.1:{taken.getsockname()[1]}/c?sslmode=disable"
+            )
     assert is_database_away(refused.value)
 
 
