@@ -53,7 +53,7 @@ _T = TypeVar("_T")
 
 
 class MigrationError(Exception):
-    """A migration was refused or failed. The message is for the operator; nothing of it was kept."""
+    """A migration was refused or failed, and nothing of it was kept. For the operator to read."""
 
 
 # --- the pool --------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ async def database_url(postgres_url: str) -> AsyncIterator[str]:
     name = f"test_{uuid4().hex}"
     connection = await asyncpg.connect(postgres_url)
     try:
-        await connection.execute(f"CREATE DATABASE {name}")
+        await connection.execute(f"CREATE DATABASE {name} STRATEGY FILE_COPY")
         yield urlunsplit(urlsplit(postgres_url)._replace(path=f"/{name}"))
         await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
     finally:

@@ -229,10 +229,14 @@ async def test_a_failed_transaction_leaves_the_connection_clean(
     """After an exception the only connection of a pool is usable, and its tenant forgotten."""
     await migrate(database_url, room="attic", directory=migrations)
     async with attic(database_url, max_size=1) as pool:
-        with pytest.raises(RuntimeError):
+
+        async def stumble() -> None:
             async with transaction(pool, tenant="acme") as connection:
                 await connection.execute("INSERT INTO notes VALUES ('acme', '{}')")
                 raise RuntimeError
+
+        with pytest.raises(RuntimeError):
+            await stumble()
         async with transaction(pool, tenant="acme") as connection:
             assert await connection.fetchval("SELECT count(*) FROM notes") == 0
         async with transaction(pool) as connection:
@@ -282,11 +286,14 @@ async def test_a_killed_session_is_away(database_url: str, postgres_url: str) ->
     try:
         pid = await pool.fetchval("SELECT pg_backend_pid()")
         sleeping = asyncio.create_task(pool.execute("SELECT pg_sleep(60)"))
-        while not await admin.fetchval(
-            "SELECT count(*) FROM pg_stat_activity WHERE pid = $1 AND query LIKE '%sleep%'", pid
-        ):
-            await asyncio.sleep(0.01)
-        await admin.execute("SELECT pg_terminate_backend($1)", pid)
+        async with asyncio.timeout(30):
+            # The server tells nobody when a statement begins: ask until it has.
+            while not await admin.fetchval(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE pid = $1 AND query LIKE '%pg_sleep%' AND state = 'active'",
+                pid,
+            ):
+                pass
         with pytest.raises(asyncpg.PostgresError) as ended:
             await sleeping
         assert is_database_away(ended.value)
