@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from chassis.embedded import EmbeddedPostgres
 from chassis.postgres import Pool, connect_pool, migrate
@@ -30,9 +31,17 @@ async def database(mesh: MeshSettings) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def room_pool(
-    mesh: MeshSettings, room: str, migrations: Path, *, size_max: int = 8
+    mesh: MeshSettings,
+    room: str,
+    migrations: Path,
+    *,
+    size_max: int = 8,
+    prepare: Callable[[Any], Awaitable[None]] | None = None,
 ) -> AsyncIterator[Pool]:
-    """The migrated database of a room, as a pool of connections that act as `tollgate_<room>`."""
+    """The migrated database of a room, as a pool of connections that act as `tollgate_<room>`.
+
+    `prepare` is called with each new connection, for codecs.
+    """
     async with database(mesh) as url:
         direct = mesh.database_direct_url
         await migrate(direct.get_secret_value() if direct else url, room=room, directory=migrations)
@@ -42,6 +51,7 @@ async def room_pool(
             schema=room,
             max_size=size_max,
             pooled=mesh.database_pooled,
+            prepare=prepare,
         )
         try:
             yield pool
