@@ -21,4 +21,4 @@ if __name__ == "__main__":
     # A parent that ended before this sent nothing.
     if os.getppid() != parent:
         sys.exit(1)
-    os.execv(command[0], command)  # noqa: S606  # the supervisor's own command, no shell
+    os.execv(command[0], command)  # the supervisor's own command, no shell

@@ -1,0 +1,60 @@
+"""The trace files of a state directory: one JSON object a finished span, one file a daemon."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from cli.waterfall import Span
+
+
+def read(state_dir: Path) -> Iterator[Span]:
+    """Every span of every daemon. A line that is none, such as a torn last one, is passed over."""
+    for file in sorted((state_dir / "traces").glob("*.jsonl")):
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if span := _span(line):
+                    yield span
+
+
+def _span(line: str) -> Span | None:
+    try:
+        found = json.loads(line)
+        return Span(
+            trace_id=found["trace_id"],
+            span_id=found["span_id"],
+            parent_id=found.get("parent_id") or "",
+            service=found["service"],
+            name=found["name"],
+            start_ns=int(found["start_ns"]),
+            end_ns=int(found["end_ns"]),
+            kind=found.get("kind") or "internal",
+            status=found.get("status") or "",
+            request_id=str(found.get("attributes", {}).get("tollgate.request_id", "")),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def of_request(spans: Iterable[Span], request_id: str) -> list[Span]:
+    """The spans of every trace that has a span of this request or this trace id."""
+    found = list(spans)
+    wanted = {s.trace_id for s in found if request_id in (s.request_id, s.trace_id)}
+    return [span for span in found if span.trace_id in wanted]
+
+
+def newest(spans: Iterable[Span]) -> list[Span]:
+    """The spans of the trace that began last among those that a client began; empty without any.
+
+    Work that daemons do by themselves (looking for jobs, watching health) has traces too: one that
+    went through the router or has a request id goes first.
+    """
+    traces: dict[str, list[Span]] = {}
+    for span in spans:
+        traces.setdefault(span.trace_id, []).append(span)
+    return max(
+        traces.values(),
+        key=lambda t: (any(s.request_id for s in t), min(s.start_ns for s in t)),
+        default=[],
+    )

@@ -1,0 +1,179 @@
+"""`tollgate up`: the whole mesh on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+from rich.console import RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from chassis.settings import MeshSettings
+from cli.command import Failed, Session, command
+from cli.supervisor import ROOMS, Interrupted, Reporter, Supervisor, UpError
+from cli.terminal import INTERRUPTED, Terminal, table
+
+app = typer.Typer()
+
+_WHAT = {
+    "router": "the one address for clients",
+    "cost": "the ledger: limits, holds, prices, usage",
+    "parser": "documents into pages",
+    "embedder": "texts into vectors",
+    "storage": "objects and vectors",
+    "corpus": "documents that can be searched",
+}
+
+
+@command(app)
+async def up(session: Session) -> None:
+    """Start every daemon on this machine, and keep them running until Ctrl-C.
+
+    Each is a process of its own, on an embedded PostgreSQL unless TOLLGATE_DATABASE_URL names
+    another. Logs are in the state directory (TOLLGATE_STATE_DIR), under logs/.
+    """
+    terminal = session.terminal
+    told = Told(terminal)
+    supervisor = Supervisor(session.mesh, told.reporter())
+    try:
+        with told.starting():
+            context = supervisor.running()
+            await context.__aenter__()
+        try:
+            _tell_where(session.mesh, terminal)
+            await supervisor.stopping.wait()
+        finally:
+            terminal.say()
+            terminal.say("stopping; once more Ctrl-C stops at once", style="dim")
+            await context.__aexit__(None, None, None)
+    except UpError as error:
+        raise Failed(str(error), reason="cannot start") from None
+    except Interrupted:
+        terminal.say("stopped before it was up")
+        terminal.json({"event": "stopped"}, in_one_line=True)
+        raise typer.Exit(INTERRUPTED) from None
+    terminal.say("stopped; nothing is left running")
+    terminal.json({"event": "stopped"}, in_one_line=True)
+
+
+class Told:
+    """How far the mesh is: a line that changes for each daemon on a terminal, else plain lines."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+        self._states = dict.fromkeys(("database", *ROOMS), "waiting")
+        self._live: Live | None = None
+
+    def reporter(self) -> Reporter:
+        """What a supervisor tells."""
+        return Reporter(self._progress, self._line)
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Show the states within, as they change."""
+        terminal = self._terminal
+        if terminal.as_json or not terminal.console.is_terminal:
+            yield
+            return
+        with Live(self, console=terminal.console, refresh_per_second=10, transient=True) as live:
+            self._live = live
+            try:
+                yield
+            finally:
+                self._live = None
+
+    def __rich__(self) -> RenderableType:
+        grid = Table.grid(padding=(0, 2))
+        for name, state in self._states.items():
+            is_ready = not state.startswith(("waiting", "starting"))
+            mark: RenderableType = Text("✓", style="green")
+            if not is_ready:
+                # Drawn by the clock, so that every line turns in step.
+                mark = Spinner("dots").render(time.monotonic())
+            grid.add_row(mark, name, Text(state, style="" if is_ready else "dim"))
+        return grid
+
+    def _progress(self, name: str, state: str) -> None:
+        self._states[name] = state
+        self._terminal.json({"event": "progress", "of": name, "state": state}, in_one_line=True)
+        if self._live is None and not self._terminal.console.is_terminal:
+            self._terminal.say(f"{name}: {state}")
+
+    def _line(self, text: str) -> None:
+        self._terminal.json({"event": "notice", "message": text}, in_one_line=True)
+        clock = time.strftime("%H:%M:%S")
+        self._terminal.say(f"[dim]{clock}[/] {escape(text)}")
+
+
+def _tell_where(mesh: MeshSettings, terminal: Terminal) -> None:
+    addresses = {room: getattr(mesh, f"{room}_address") for room in sorted(ROOMS, key=_order)}
+    curl = by_reflection(mesh.router_address)
+    terminal.json(
+        {
+            "event": "serving",
+            "pid": os.getpid(),
+            "addresses": addresses,
+            "state_dir": str(mesh.state_dir.absolute()),
+            "curl": curl,
+        },
+        in_one_line=True,
+    )
+    rows = [(name, address, _WHAT[name]) for name, address in addresses.items()]
+    terminal.show(table("daemon", "address", "what it is", rows=rows))
+    terminal.say(f"state and logs in {escape(str(mesh.state_dir))}\n", style="dim")
+    default = MeshSettings.model_fields["router_address"].default
+    at = "" if mesh.router_address == default else " (same settings)"
+    terminal.say(f"Try it in another terminal{at}:")
+    for words, what in (
+        ("tollgate add cli/demo/documents", "add the sample documents"),
+        ('tollgate search "is it too windy to unload?"', "find a passage by its meaning"),
+        ("tollgate usage", "what was used and charged"),
+        ("tollgate limits", "what may be spent"),
+        ("tollgate trace", "the newest request, across all daemons"),
+        ("tollgate health", "whether all is well"),
+    ):
+        terminal.say(f"  [bold]{escape(words):<46}[/] [dim]{what}[/]")
+    terminal.say("\nOr any gRPC client, by reflection:")
+    # Printed as it is: a line that a terminal folds can still be copied whole.
+    if not terminal.as_json:
+        terminal.console.print(f"  {escape(curl)}", soft_wrap=True)
+    terminal.say("\nCtrl-C stops everything.")
+
+
+def _order(room: str) -> int:
+    return list(_WHAT).index(room)
+
+
+def by_reflection(router_address: str) -> str:
+    """A line for a shell that asks the router for its backends with nothing but reflection.
+
+    With grpcurl where it is on the PATH, else with the buf of this environment.
+    """
+    method = "tollgate.router.v1.RouterService/ListBackends"
+    buf = _buf()
+    if shutil.which("grpcurl") or not buf:
+        return f"grpcurl -plaintext -H 'tollgate-tenant: default' {router_address} {method}"
+    return (
+        f"{shlex.quote(buf)} curl --protocol grpc --http2-prior-knowledge "
+        f"-H 'tollgate-tenant: default' http://{router_address}/{method}"
+    )
+
+
+def _buf() -> str:
+    """The buf executable: of this environment, relative where that is shorter, or on the PATH."""
+    beside = Path(sys.executable).with_name("buf")
+    if beside.exists():
+        relative = os.path.relpath(beside)
+        return relative if len(relative) < len(str(beside)) else str(beside)
+    return "buf" if shutil.which("buf") else ""
