@@ -71,7 +71,7 @@ async def _started(stack: AsyncExitStack, settings: ParserSettings) -> Mapping[s
     try:
         offered = providers.create(settings, settings.default_provider)
     except ValueError as error:
-        raise StartError(f"parser: {error}; set TOLLGATE_PARSER_DEFAULT_PROVIDER") from None
+        raise StartError(f"parser: {error}") from None
     for provider in offered.values():
         stack.push_async_callback(provider.stop)
         await provider.start()

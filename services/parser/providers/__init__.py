@@ -48,5 +48,7 @@ def create(configured: BaseModel, first: str) -> dict[str, Provider]:
         if provider is not None:
             made[name] = provider
     if first not in made:
-        raise ValueError(f"the provider {first!r} is not one of {', '.join(made)}")
+        raise ValueError(
+            f"TOLLGATE_PARSER_DEFAULT_PROVIDER: {first!r} is not one of {', '.join(made)}"
+        )
     return {first: made.pop(first), **made}

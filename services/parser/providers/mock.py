@@ -48,7 +48,9 @@ class Settings(BaseModel):
 def create(settings: Settings) -> Mock:
     """The provider. Raises ValueError for a reason that does not exist."""
     if settings.mock_failure_reason not in BY_REASON.keys() - {"INTERNAL"}:
-        raise ValueError(f"no error has the reason {settings.mock_failure_reason!r}")
+        raise ValueError(
+            f"TOLLGATE_PARSER_MOCK_FAILURE_REASON: no such reason: {settings.mock_failure_reason}"
+        )
     return Mock(settings)
 
 

@@ -51,7 +51,8 @@ LIBRARIES = ("services", "chassis", "liteparse", "anydoc", "html_to_markdown")
 START_TIMEOUT_S = 20.0
 RESTART_WAIT_S = 1.0
 EXIT_WAIT_S = 2.0
-ANSWERS_AHEAD = 32
+DISCARD_BYTES = 1024 * 1024
+ANSWERS_AHEAD = 8
 """How many pages a worker may be ahead of the reader."""
 
 _ABORTED = {signal.SIGABRT, signal.SIGTRAP, signal.SIGILL}
@@ -365,6 +366,10 @@ class _Worker:
         """Kill the process and wait for its end."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
+        # asyncio takes a process for ended only once its output has been read.
+        assert self._process.stdout is not None
+        while await self._process.stdout.read(DISCARD_BYTES):
+            pass
         await self._process.wait()
 
 
