@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import cast
 
 from tollgate.parser.v1 import parser_pb2 as parser_pb
 from tollgate.storage.v1 import object_pb2 as pb
 from tollgate.storage.v1 import object_pb2_grpc
 
 from chassis.client import Peer
-from chassis.errors import InvalidField
+from chassis.errors import InvalidField, ProviderUnavailable
 from services.parser.core import INLINE_BYTES_MAX, Document, Memory, too_large
+
+Parts = AsyncGenerator[pb.GetObjectResponse, None]
 
 HASH_ASIDE_BYTES = 1024 * 1024
 """Documents above this are hashed in a thread, so that other calls do not wait."""
@@ -53,23 +56,29 @@ class Documents:
             if not getattr(wanted.object, field):
                 raise InvalidField.of(f"document.object.{field}", "is not empty")
         request = pb.GetObjectRequest(bucket=wanted.object.bucket, name=wanted.object.name)
-        parts = aiter(self._peer.stream(self._stub.GetObject, request, timeout_s=self._timeout_s))
-        found = (await anext(parts, pb.GetObjectResponse())).object
-        if found.size_bytes > self._bytes_max:
-            raise too_large(found.size_bytes, self._bytes_max, "split it")
-        with self._memory.hold(found.size_bytes):
-            content = bytearray()
-            async for part in parts:
-                content += part.data
-                if len(content) > found.size_bytes:
-                    break
-            if len(content) != found.size_bytes:
-                raise InvalidField.of("document.object", "changed while it was read")
-            yield await _document(
-                bytes(content),
-                wanted.media_type or found.content_type,
-                wanted.file_name or wanted.object.name,
-            )
+        stream = self._peer.stream(self._stub.GetObject, request, timeout_s=self._timeout_s)
+        async with aclosing(cast(Parts, aiter(stream))) as parts:
+            found = (await anext(parts, pb.GetObjectResponse())).object
+            if found.size_bytes > self._bytes_max:
+                raise too_large(found.size_bytes, self._bytes_max, "split it")
+            with self._memory.hold(found.size_bytes):
+                yield await _document(
+                    await _all(parts, found.size_bytes),
+                    wanted.media_type or found.content_type,
+                    wanted.file_name or wanted.object.name,
+                )
+
+
+async def _all(parts: Parts, size_bytes: int) -> bytes:
+    """The bytes that follow an object's description: as many as it says, or ProviderUnavailable."""
+    content = bytearray()
+    async for part in parts:
+        content += part.data
+        if len(content) > size_bytes:
+            break
+    if len(content) != size_bytes:
+        raise ProviderUnavailable("storage did not send the object whole")
+    return bytes(content)
 
 
 async def _document(content: bytes, media_type: str, file_name: str) -> Document:
