@@ -1,0 +1,533 @@
+"""One batch, one transaction, always in this order and everything sorted, so that no two batches
+can wait for each other: the shared lock against changes of limits and prices; ids claimed; rows of
+older holds locked; counters locked; decided by `core.ledger`; written; committed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+from operator import add
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import asyncpg
+
+from chassis.errors import Billed, DeadlineExceeded, InvalidField, TollgateError
+from chassis.postgres import Connection, Pool, transaction
+from services.cost.core.holds import (
+    Authorization,
+    Decision,
+    Denial,
+    Hold,
+    Order,
+    Outcome,
+    Refusal,
+    Resolution,
+    State,
+)
+from services.cost.core.ledger import Book, CounterKey, Entry, hold_not_found, same_call
+from services.cost.core.prices import Rate, cost
+from services.cost.core.usage import INT64_MAX, Account, Metric, Usage
+from services.cost.core.windows import EPOCH, Window, quarter_hour
+from services.cost.store.accounts import Accounts
+from services.cost.store.catalog import LOCK, Catalog
+from services.cost.store.reach import is_away
+
+Result: TypeAlias = Outcome | TollgateError
+ACQUIRE_TIMEOUT_S: Final = 5.0
+_COUNTERS_KNOWN_MAX: Final = 100_000
+
+# Plans by index, made once a connection: the tables are large or will be, whatever statistics say
+# of a fresh one. What waits for longer than this waits for something broken.
+_BEGIN: Final = f"""
+BEGIN ISOLATION LEVEL READ COMMITTED;
+SET LOCAL plan_cache_mode = force_generic_plan;
+SET LOCAL enable_hashjoin = off;
+SET LOCAL enable_mergejoin = off;
+SET LOCAL enable_seqscan = off;
+SET LOCAL lock_timeout = '8s';
+SET LOCAL statement_timeout = '10s';
+SET LOCAL idle_in_transaction_session_timeout = '15s';
+SELECT pg_advisory_xact_lock_shared({LOCK});
+"""
+# Its snapshot is taken after the lock, so the version is that under which the batch decides.
+_CLAIM: Final = """
+WITH claimed AS (
+    INSERT INTO holds (id, tenant, account, tokens, pages, bytes, requests, held_nanos_usd,
+        price_version, request_id, create_time, expire_time, state)
+    SELECT id, tenant, account, tokens, pages, bytes, requests, held_nanos_usd, $11, request_id,
+        now(), now() + ttl_ms * interval '1 millisecond', 1
+    FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[],
+        $7::bigint[], $8::bigint[], $9::text[], $10::bigint[])
+        AS ask (id, tenant, account, tokens, pages, bytes, requests, held_nanos_usd, request_id,
+            ttl_ms)
+    ON CONFLICT DO NOTHING
+    RETURNING id, tenant
+)
+SELECT now(), version,
+    CASE WHEN (SELECT count(*) FROM claimed) < cardinality($1)
+        THEN ARRAY(SELECT id::text || tenant FROM claimed) END
+FROM state
+"""
+_HOLD_COLUMNS: Final = """account, request_id, tokens, pages, bytes, requests, held_nanos_usd,
+    price_version, state, create_time, expire_time, used_tokens, used_pages, used_bytes,
+    used_requests, charged_nanos_usd, overrun_nanos_usd, unconfirmed, denial"""
+_LOCK_HOLDS: Final = f"""
+SELECT place, {_HOLD_COLUMNS}
+FROM unnest($1::uuid[], $2::text[]) WITH ORDINALITY AS ask (id, tenant, place)
+JOIN holds USING (id, tenant)
+ORDER BY id, tenant FOR UPDATE OF holds
+"""
+_ADD_COUNTERS: Final = """
+INSERT INTO counters (limit_number, window_start, name)
+SELECT * FROM unnest($1::bigint[], $2::timestamptz[], $3::text[]) ON CONFLICT DO NOTHING
+"""
+_LOCK_COUNTERS: Final = """
+SELECT place, held, settled
+FROM unnest($1::bigint[], $2::timestamptz[], $3::text[])
+    WITH ORDINALITY AS ask (limit_number, window_start, name, place)
+JOIN counters USING (limit_number, window_start, name)
+ORDER BY limit_number, window_start, name FOR UPDATE OF counters
+"""
+_WRITE_COUNTERS: Final = """
+UPDATE counters SET held = counters.held + ask.held, settled = counters.settled + ask.settled
+FROM unnest($1::bigint[], $2::timestamptz[], $3::text[], $4::bigint[], $5::bigint[], $6::bigint[])
+    AS ask (limit_number, window_start, name, held, settled, maximum)
+WHERE counters.limit_number = ask.limit_number AND counters.window_start = ask.window_start
+    AND counters.name = ask.name
+    AND counters.held + counters.settled + ask.held + ask.settled <= ask.maximum
+"""
+_WRITE_HOLDS: Final = """
+UPDATE holds SET state = ask.state, expire_time = ask.expire_time, used_tokens = ask.tokens,
+    used_pages = ask.pages, used_bytes = ask.bytes, used_requests = ask.requests,
+    charged_nanos_usd = ask.charged_nanos_usd, overrun_nanos_usd = ask.overrun_nanos_usd,
+    unconfirmed = ask.unconfirmed
+FROM unnest($1::uuid[], $2::text[], $3::smallint[], $4::timestamptz[], $5::bigint[], $6::bigint[],
+    $7::bigint[], $8::bigint[], $9::bigint[], $10::bigint[], $11::boolean[])
+    AS ask (id, tenant, state, expire_time, tokens, pages, bytes, requests, charged_nanos_usd,
+        overrun_nanos_usd, unconfirmed)
+WHERE holds.id = ask.id AND holds.tenant = ask.tenant
+"""
+_WRITE_DENIALS: Final = """
+UPDATE holds SET state = 5, denial = ask.denial::jsonb
+FROM unnest($1::uuid[], $2::text[], $3::text[]) AS ask (id, tenant, denial)
+WHERE holds.id = ask.id AND holds.tenant = ask.tenant
+"""
+_WRITE_ENTRIES: Final = """
+WITH written AS (
+    INSERT INTO entries (hold_id, account, kind, hold_time, tokens, pages, bytes, requests,
+        charged_nanos_usd, unconfirmed_nanos_usd, overrun_nanos_usd, charges)
+    SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::smallint[], $4::timestamptz[], $5::bigint[],
+        $6::bigint[], $7::bigint[], $8::bigint[], $9::bigint[], $10::bigint[], $11::bigint[],
+        $12::smallint[])
+)
+INSERT INTO rollups (bucket, account, tokens, pages, bytes, requests, charged_nanos_usd,
+    unconfirmed_nanos_usd, charges)
+SELECT * FROM unnest($13::timestamptz[], $14::bigint[], $15::bigint[], $16::bigint[],
+    $17::bigint[], $18::bigint[], $19::bigint[], $20::bigint[], $21::bigint[])
+ON CONFLICT (bucket, account) DO UPDATE SET tokens = rollups.tokens + excluded.tokens,
+    pages = rollups.pages + excluded.pages, bytes = rollups.bytes + excluded.bytes,
+    requests = rollups.requests + excluded.requests,
+    charged_nanos_usd = rollups.charged_nanos_usd + excluded.charged_nanos_usd,
+    unconfirmed_nanos_usd = rollups.unconfirmed_nanos_usd + excluded.unconfirmed_nanos_usd,
+    charges = rollups.charges + excluded.charges
+"""
+
+
+class StaleCatalogError(Exception):
+    """Limits or prices changed: read them again and decide anew. Nothing was written."""
+
+
+class CommitUnknownError(Exception):
+    """The connection was lost while committing; `at` is the time of the transaction."""
+
+    def __init__(self, at: datetime) -> None:
+        super().__init__("commit unknown")
+        self.at = at
+
+
+class ItemFaultError(Exception):
+    """One order cannot be decided: leave it out and decide the others. Nothing was written."""
+
+    def __init__(self, place: int, error: TollgateError) -> None:
+        super().__init__(error.message)
+        self.place, self.error = place, error
+
+
+class BrokenPromiseError(Exception):
+    """A write did not find what was locked: a fault of ours. Nothing was written."""
+
+
+class Priced(NamedTuple):
+    """An authorization with its account and what its worst case costs."""
+
+    order: Authorization
+    account: Account
+    rate: Rate
+    nanos_usd: int
+
+
+class Batch:
+    """Orders, and what became of them. `results` has one for each order, in order."""
+
+    def __init__(self, orders: Sequence[Order], catalog: Catalog) -> None:
+        self.orders = orders
+        self.catalog = catalog
+        self.book = Book(catalog.limits, EPOCH)
+        self.results: list[Result | None] = [None] * len(orders)
+        self.priced: dict[int, Priced] = {}
+        """Authorizations that can be decided, by their place among the orders."""
+        self.claims: dict[str, Priced] = {}
+        """The first authorization for each hold, by the hold's key."""
+        self.fresh: set[str] = set()
+        """The keys whose ids this batch claimed."""
+        self.holds: dict[str, Hold] = {}
+        self.denied: list[Hold] = []
+        self.admitted: list[Hold] = []
+
+
+def hold_key(hold_id: str, tenant: str) -> str:
+    """One string for a hold: ids all have the same length."""
+    return hold_id + tenant
+
+
+class BatchStore:
+    """Runs batches."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._accounts = Accounts()
+        self._counters_known: set[CounterKey] = set()
+
+    async def run(
+        self, orders: Sequence[Order], catalog: Catalog, committed_at: datetime | None = None
+    ) -> Batch:
+        """Decide, write and commit. Holds of the time `committed_at` are this batch's own.
+
+        Raises the errors above, and what asyncpg raises; then nothing was written, or nobody knows.
+        """
+        batch = Batch(orders, catalog)
+        await self._price(batch)
+        async with self._pool.acquire(timeout=ACQUIRE_TIMEOUT_S) as connection:
+            await connection.execute(_begin(connection))
+            try:
+                await self._claim(connection, batch)
+                await self._lock_holds(connection, batch)
+                await self._lock_counters(connection, batch)
+                _decide(batch, committed_at)
+                await _write(connection, batch)
+            except BaseException:
+                await _roll_back(connection)
+                raise
+            await _commit(connection, batch)
+        if len(self._counters_known) > _COUNTERS_KNOWN_MAX:
+            self._counters_known.clear()
+        self._counters_known.update(batch.book.counters)
+        return batch
+
+    async def _price(self, batch: Batch) -> None:
+        """Find what each authorization costs; those that cannot be priced have their result."""
+        scopes = {order.scope for order in batch.orders if isinstance(order, Authorization)}
+        if not self._accounts.by_scope.keys() >= scopes:
+            async with transaction(self._pool) as connection:
+                await self._accounts.know(connection, scopes)
+        by_scope, rate_of, now = self._accounts.by_scope, batch.catalog.rate, time.monotonic()
+        for place, order in enumerate(batch.orders):
+            if not isinstance(order, Authorization):
+                continue
+            try:
+                if order.ends is not None and order.ends <= now:
+                    raise DeadlineExceeded("the call had no time left", billed=Billed.NO)
+                account = by_scope[order.scope]
+                rate = rate_of(account)
+                priced = Priced(order, account, rate, cost(rate, order.bound))
+            except TollgateError as error:
+                batch.results[place] = error
+            else:
+                batch.priced[place] = priced
+                batch.claims.setdefault(hold_key(order.hold_id, order.scope.tenant), priced)
+
+    async def _claim(self, connection: Connection, batch: Batch) -> None:
+        rows = [
+            (
+                order.hold_id,
+                order.scope.tenant,
+                account.number,
+                *order.bound,
+                nanos_usd,
+                order.request_id,
+                order.ttl_ms,
+            )
+            for _, (order, account, _, nanos_usd) in sorted(batch.claims.items())
+        ]
+        row = await connection.fetchrow(_CLAIM, *_columns(rows, 10), batch.catalog.price_version)
+        assert row is not None, "there is one state"
+        now, version, claimed = row
+        if not batch.catalog.is_current(version, now):
+            raise StaleCatalogError
+        batch.book.now = now
+        batch.fresh = set(batch.claims if claimed is None else claimed)
+
+    async def _lock_holds(self, connection: Connection, batch: Batch) -> None:
+        """Lock and read the holds that are there already."""
+        keys = {
+            hold_key(order.hold_id, order.tenant): (order.hold_id, order.tenant)
+            for order in batch.orders
+            if isinstance(order, Resolution)
+        }
+        for key in batch.claims.keys() - batch.fresh:
+            order = batch.claims[key].order
+            keys[key] = (order.hold_id, order.scope.tenant)
+        if not keys:
+            return
+        rows = await connection.fetch(_LOCK_HOLDS, *_columns(keys.values(), 2))
+        await self._accounts.know_numbers(connection, [row[1] for row in rows])
+        names, catalog = list(keys.items()), batch.catalog
+        for row in rows:
+            key, (hold_id, _) = names[row[0] - 1]
+            batch.holds[key] = self._hold(hold_id, row, catalog)
+
+    def _hold(self, hold_id: str, row: asyncpg.Record, catalog: Catalog) -> Hold:
+        """A hold of _HOLD_COLUMNS, after one column."""
+        (
+            _,
+            number,
+            request_id,
+            tokens,
+            pages,
+            size,
+            requests,
+            held,
+            price_version,
+            state,
+            create_time,
+            expire_time,
+            used_tokens,
+            used_pages,
+            used_bytes,
+            used_requests,
+            charged,
+            overrun,
+            unconfirmed,
+            denial,
+        ) = row
+        account = self._accounts.by_number[number]
+        return Hold(
+            hold_id,
+            account,
+            request_id,
+            Usage(tokens, pages, size, requests),
+            held,
+            price_version,
+            catalog.rate_of(account, price_version, create_time),
+            State(state),
+            create_time,
+            expire_time,
+            None
+            if used_tokens is None
+            else Usage(used_tokens, used_pages, used_bytes, used_requests),
+            charged,
+            overrun,
+            unconfirmed,
+            None if denial is None else _to_denial(denial),
+        )
+
+    async def _lock_counters(self, connection: Connection, batch: Batch) -> None:
+        """Lock and read every counter that an order may touch, making those that are missing."""
+        book = batch.book
+        for account in {batch.claims[key].account for key in batch.fresh}:
+            book.places(account, book.now)
+        for account, at in {(hold.account, hold.create_time) for hold in batch.holds.values()}:
+            book.places(account, at)
+        keys = sorted(book.counters)
+        if not keys:
+            return
+        # All that is missing before anything is locked: see the order at the top.
+        if missing := [key for key in keys if key not in self._counters_known]:
+            await connection.execute(_ADD_COUNTERS, *_columns(missing, 3))
+        rows = await connection.fetch(_LOCK_COUNTERS, *_columns(keys, 3))
+        if len(rows) < len(keys):
+            self._counters_known.clear()
+            raise StaleCatalogError
+        for place, held, settled in rows:
+            book.counters[keys[place - 1]].load(held, settled)
+
+
+def _decide(batch: Batch, committed_at: datetime | None) -> None:
+    """Resolutions first, so that freed money is usable at once; else in order of arrival."""
+    book, holds, results = batch.book, batch.holds, batch.results
+    for place, order in enumerate(batch.orders):
+        if isinstance(order, Resolution):
+            hold = holds.get(hold_key(order.hold_id, order.tenant))
+            try:
+                if hold is None:
+                    raise hold_not_found(order.hold_id)
+                book.resolve(hold, order)
+                results[place] = hold
+            except TollgateError as error:
+                results[place] = error
+    for place, priced in batch.priced.items():
+        key = hold_key(priced.order.hold_id, priced.order.scope.tenant)
+        known = holds.get(key)
+        if known is None:
+            holds[key] = hold = _admit(batch, place, priced)
+            results[place] = Decision(hold, replayed=False)
+            continue
+        try:
+            hold = same_call(known, priced.order, priced.account)
+            results[place] = Decision(hold, replayed=hold.create_time != committed_at)
+        except TollgateError as error:
+            results[place] = error
+
+
+def _admit(batch: Batch, place: int, priced: Priced) -> Hold:
+    """Open the hold, or make it one that is denied."""
+    order, account, rate, nanos_usd = priced
+    book = batch.book
+    try:
+        denial = book.admit(account, nanos_usd, order.bound)
+    except InvalidField as error:
+        raise ItemFaultError(place, error) from None
+    hold = Hold(
+        order.hold_id,
+        account,
+        order.request_id,
+        order.bound,
+        nanos_usd,
+        batch.catalog.price_version,
+        rate,
+        State.HELD if denial is None else State.DENIED,
+        book.now,
+        book.now + timedelta(milliseconds=order.ttl_ms),
+        denial=denial,
+    )
+    (batch.admitted if denial is None else batch.denied).append(hold)
+    return hold
+
+
+async def _write(connection: Connection, batch: Batch) -> None:
+    book = batch.book
+    if batch.denied:
+        rows = [
+            (hold.id, hold.account.scope.tenant, _from_denial(hold.denial))
+            for hold in batch.denied
+            if hold.denial is not None
+        ]
+        _expect(len(rows), await connection.execute(_WRITE_DENIALS, *_columns(rows, 3)))
+    if book.changed:
+        await _write_holds(connection, list(book.changed.values()))
+    await _write_counters(connection, book)
+    if book.entries:
+        await _write_entries(connection, book.entries)
+
+
+async def _write_holds(connection: Connection, holds: list[Hold]) -> None:
+    rows = [
+        (
+            hold.id,
+            hold.account.scope.tenant,
+            hold.state,
+            hold.expire_time,
+            *(hold.usage or _NOT_USED),
+            hold.charged_nanos_usd,
+            hold.overrun_nanos_usd,
+            hold.unconfirmed,
+        )
+        for hold in holds
+    ]
+    _expect(len(rows), await connection.execute(_WRITE_HOLDS, *_columns(rows, 11)))
+
+
+async def _write_counters(connection: Connection, book: Book) -> None:
+    """Add the differences; a counter that a limit guards must stay within the maximum."""
+    rows = [
+        (
+            *key,
+            counter.held - counter.held_before,
+            counter.settled - counter.settled_before,
+            counter.limit.maximum if counter.guarded else INT64_MAX,
+        )
+        for key, counter in sorted(book.counters.items())
+        if (counter.held, counter.settled) != (counter.held_before, counter.settled_before)
+    ]
+    if rows:
+        _expect(len(rows), await connection.execute(_WRITE_COUNTERS, *_columns(rows, 6)))
+
+
+async def _write_entries(connection: Connection, entries: list[Entry]) -> None:
+    sums: dict[tuple[datetime, int], list[int]] = {}
+    rows = []
+    for hold_id, account, kind, at, usage, charged, unconfirmed, overrun, charges in entries:
+        row = (*usage, charged, unconfirmed)
+        rows.append((hold_id, account.number, kind, at, *row, overrun, charges))
+        key = (quarter_hour(at), account.number)
+        known = sums.get(key)
+        if known is None:
+            sums[key] = [*row, charges]
+        else:
+            known[:] = map(add, known, (*row, charges))
+    await connection.execute(
+        _WRITE_ENTRIES,
+        *_columns(rows, 12),
+        *_columns([(*key, *sums[key]) for key in sorted(sums)], 9),
+    )
+
+
+_NOT_USED: Final = (None, None, None, None)
+
+
+def _begin(connection: Connection) -> str:
+    """What opens the transaction; through a pooler it must also say who we are."""
+    local: tuple[str, str] | None = getattr(connection, "local_settings", None)
+    if local is None:
+        return _BEGIN
+    role, search_path = local
+    return f"{_BEGIN} SET LOCAL search_path = {search_path}; SET LOCAL ROLE {role};"
+
+
+async def _commit(connection: Connection, batch: Batch) -> None:
+    try:
+        status = await connection.execute("COMMIT")
+    except Exception as error:
+        if is_away(error):
+            raise CommitUnknownError(batch.book.now) from error
+        raise
+    if status != "COMMIT":
+        raise BrokenPromiseError(status)
+
+
+async def _roll_back(connection: Connection) -> None:
+    try:
+        await connection.execute("ROLLBACK")
+    except Exception:
+        connection.terminate()
+
+
+def _expect(rows: int, status: str) -> None:
+    if not status.endswith(f" {rows}"):
+        raise BrokenPromiseError(f"{status} where {rows} rows were locked")
+
+
+def _columns(rows: Iterable[Sequence[object]], width: int) -> list[Sequence[object]]:
+    """Rows turned into columns, also when there are none."""
+    return list(zip(*rows, strict=True)) or [()] * width
+
+
+def _from_denial(denial: Denial) -> str:
+    refusals = [
+        [r.limit_id, r.display_name, r.metric, r.window, r.maximum, r.consumed, r.requested]
+        for r in denial.refusals
+    ]
+    retry_time = denial.retry_time.isoformat() if denial.retry_time else None
+    return json.dumps({"refusals": refusals, "retry_time": retry_time})
+
+
+def _to_denial(document: dict[str, Any]) -> Denial:
+    refusals = [
+        Refusal(limit_id, name, Metric(metric), Window(window), maximum, consumed, requested)
+        for limit_id, name, metric, window, maximum, consumed, requested in document["refusals"]
+    ]
+    retry_time = document["retry_time"]
+    return Denial(refusals, datetime.fromisoformat(retry_time) if retry_time else None)
