@@ -1,0 +1,1 @@
+"""The gate on the wire: meters, the way of a call through the gate, and the operators' RPCs."""
