@@ -306,7 +306,7 @@ WHERE tenant = $1 AND space = $2 AND collection = $3 AND document = $4 AND revis
 COUNT_SOME = """
 SELECT count(*) FROM (
     SELECT FROM vectors WHERE tenant = $1 AND space = {space} AND collection = $2 LIMIT $3
-) AS some
+) AS counted
 """
 # OFFSET 0 keeps the planner from using the index after all.
 SEARCH_EXACTLY = """

@@ -210,9 +210,11 @@ class MemoryVectors:
         key = (tenant, space.id, document)
         if self._active.get(key, 0) > revision:
             return False
-        if self._count() + len(vectors) > self._vectors_max:
+        kept = self._kept.get(key, {}).get(revision, {})
+        added = sum(vector.id not in kept for vector in vectors)
+        if self._count() + added > self._vectors_max:
             raise ProviderUnavailable("the mock's memory is full: delete vectors or raise its size")
-        kept = self._kept.setdefault(key, {}).setdefault(revision, {})
+        self._kept.setdefault(key, {})[revision] = kept
         kept.update((vector.id, vector) for vector in vectors)
         return True
 
