@@ -79,7 +79,7 @@ async def demo(
     supervisor = Supervisor(
         mine.mesh,
         (told := Told(terminal)).reporter(),
-        environment=_ENVIRONMENT | {"TOLLGATE_COST_PRICES_FILE": str(PRICES)},
+        environment=_ENVIRONMENT | _listening(mine.mesh),
         prepare=lambda url: _fresh(url, mine.mesh.state_dir),
     )
     show = Show(mine, files, () if paths else QUESTIONS)
@@ -111,7 +111,14 @@ _ENVIRONMENT = {
     # The trace is read from the files of the state directory, whole.
     "TOLLGATE_OTLP_ENDPOINT": "",
     "TOLLGATE_TRACE_SAMPLE_RATIO": "1",
+    "TOLLGATE_COST_PRICES_FILE": str(PRICES),
+    "TOLLGATE_ROUTER_AUTHENTICATION": "none",
 }
+
+
+def _listening(mesh: MeshSettings) -> dict[str, str]:
+    """Each daemon on its free port, whatever the environment says of a mesh that stays."""
+    return {f"TOLLGATE_{room.upper()}_LISTEN": getattr(mesh, f"{room}_address") for room in ROOMS}
 
 
 def _mesh(mesh: MeshSettings) -> MeshSettings:
