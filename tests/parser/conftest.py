@@ -124,18 +124,26 @@ async def parser(start_parser: StartParser) -> AsyncIterator[Caller]:
         yield caller
 
 
-def worker_pids() -> list[int]:
-    """The processes of this test's sandbox workers, as the system lists them."""
-    children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+def worker_pids(daemon: int | None = None) -> list[int]:
+    """A daemon's sandbox workers, as the system lists them; those of this test by default."""
+    children = Path(f"/proc/{daemon or os.getpid()}/task").glob("*/children")
     pids = [int(pid) for listed in children for pid in listed.read_text().split()]
     return sorted(pid for pid in pids if _is_worker(pid))
 
 
 async def gone(pid: int) -> None:
-    """Wait until that worker is no more, at most ten seconds."""
+    """Wait until that process has ended, at most ten seconds."""
     async with asyncio.timeout(10):
-        while pid in worker_pids():  # noqa: ASYNC110  # another process has no event to wait for
+        while runs(pid):  # noqa: ASYNC110  # another process has no event to wait for
             await asyncio.sleep(0.01)
+
+
+def runs(pid: int) -> bool:
+    """Whether the process is there and no zombie."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
 
 
 def _is_worker(pid: int) -> bool:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from services.parser.sandbox import pool as pools
 from services.parser.sandbox.frames import Kind
 from services.parser.sandbox.pool import Pool, PoolBounds, Request
 from tests.parser import documents
-from tests.parser.conftest import gone, worker_pids
+from tests.parser.conftest import gone, runs, worker_pids
 
 MIB = documents.MIB
 BOUNDS = PoolBounds(
@@ -111,6 +115,33 @@ async def test_pool_ends_with_its_workers(pool: Pool) -> None:
     assert worker_pids() == pool.pids() != []
     await pool.stop()
     assert worker_pids() == []
+
+
+def test_workers_end_with_a_killed_daemon(tmp_path: Path) -> None:
+    """A daemon killed with SIGKILL leaves no worker behind, not even one that hangs."""
+    settings = {
+        "TOLLGATE_STATE_DIR": str(tmp_path),
+        "TOLLGATE_PARSER_LISTEN": f"unix:{tmp_path}/parser.sock",
+        "TOLLGATE_PARSER_LOCAL_WORKERS": "2",
+    }
+    command = [sys.executable, "-m", "services.parser.main"]
+    daemon = subprocess.Popen(command, env=os.environ | settings, cwd=tmp_path)
+    try:
+        _until(lambda: len(worker_pids(daemon.pid)) == 2 and (tmp_path / "parser.sock").exists())
+        workers = worker_pids(daemon.pid)
+        os.kill(workers[0], signal.SIGSTOP)
+    finally:
+        daemon.kill()
+        daemon.wait()
+    _until(lambda: not any(runs(pid) for pid in workers))
+
+
+def _until(true: Callable[[], bool]) -> None:
+    """Wait for it, at most twenty seconds."""
+    ends = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

@@ -253,16 +253,7 @@ class _Worker:
             document_bytes_max=bounds.document_bytes_max,
             cpu_s=math.ceil(bounds.document_timeout_s),
         )
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-I", "-S", "-B", "-c", BOOT, limits.to_json(), *_library_paths()),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            env={},
-            cwd="/",
-            start_new_session=True,
-        )
+        process = await _spawn(limits)
         worker = cls(process, bounds)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
@@ -285,8 +276,13 @@ class _Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether the process has not ended, as far as is known."""
-        return self._process.returncode is None
+        """Whether the process has not ended. Asks the system, which knows before asyncio does."""
+        if self._process.returncode is not None:
+            return False
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        except ChildProcessError:
+            return False
 
     @property
     def worn_out(self) -> bool:
@@ -312,6 +308,12 @@ class _Worker:
             raise
         except (asyncio.IncompleteReadError, OSError):
             job.fail(died(await self._cause()))
+            raise
+        except asyncio.CancelledError:
+            job.fail(ProviderUnavailable("the parser is stopping"))
+            raise
+        except Exception:
+            job.fail(died("crash"))
             raise
 
     async def _serve(self, job: _Job) -> None:
@@ -371,6 +373,23 @@ class _Worker:
         while await self._process.stdout.read(DISCARD_BYTES):
             pass
         await self._process.wait()
+
+
+async def _spawn(limits: WorkerBounds) -> asyncio.subprocess.Process:
+    try:
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-I", "-S", "-B", "-c", BOOT, limits.to_json(), *_library_paths()),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env={},
+            cwd="/",
+            start_new_session=True,
+        )
+    except OSError:
+        log.exception("parser worker could not be spawned")
+        raise ProviderUnavailable("a parser worker could not be started") from None
 
 
 class _Order:
