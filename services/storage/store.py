@@ -87,13 +87,16 @@ UPDATE objects SET blob = $5, size_bytes = $6, content_type = $7, sha256 = $8, m
     etag = $10, updated_at = now()
 WHERE tenant = $1 AND provider = $2 AND bucket = $3 AND name = $4 RETURNING {_OBJECT}
 """
-# In order of place, as every statement that locks several objects.
+# In order of name, so that two deletions cannot wait for each other.
 LOCK_OBJECTS = """
-SELECT bucket, name, blob FROM objects
-WHERE tenant = $1 AND provider = $2
-    AND (bucket, name) IN (SELECT * FROM unnest($3::text[], $4::text[]))
-ORDER BY bucket, name FOR UPDATE
+SELECT name, blob FROM objects
+WHERE tenant = $1 AND provider = $2 AND bucket = $3 AND name = ANY ($4::text[])
+ORDER BY name FOR UPDATE
 """
+# A move holds one row and waits for another, which may not be there yet to be locked in order. So
+# a tenant's moves go one by one, and not while others hold several rows; writes hold only one.
+LOCK_MOVES = "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))"
+SHARE_MOVES = "SELECT pg_advisory_xact_lock_shared(hashtextextended($1, 0))"
 DELETE_OBJECTS = """
 DELETE FROM objects WHERE tenant = $1 AND provider = $2 AND bucket = $3 AND name = ANY ($4::text[])
 """
@@ -129,6 +132,7 @@ class PostgresCatalog:
     async def delete_bucket(self, tenant: str, name: str) -> None:
         try:
             async with _transaction(self._pool, tenant) as connection:
+                await connection.execute(SHARE_MOVES, self._moves(tenant))
                 done = await connection.execute(DELETE_BUCKET, tenant, self._provider, name)
         except asyncpg.ForeignKeyViolationError:
             raise Conflict(
@@ -167,17 +171,10 @@ class PostgresCatalog:
     async def move(
         self, tenant: str, source: Place, target: Place, etag: str
     ) -> tuple[Object, str | None]:
-        places = (source, target)
         try:
             async with _transaction(self._pool, tenant) as connection:
-                await connection.fetch(
-                    LOCK_OBJECTS,
-                    tenant,
-                    self._provider,
-                    [place.bucket for place in places],
-                    [place.name for place in places],
-                )
-                row = await connection.fetchrow(FIND_OBJECT, *self._key(tenant, source))
+                await connection.execute(LOCK_MOVES, self._moves(tenant))
+                row = await connection.fetchrow(LOCK_OBJECT, *self._key(tenant, source))
                 if row is None:
                     await self._check_bucket(connection, tenant, source.bucket)
                     raise missing("object", f"{source.bucket}/{source.name}")
@@ -202,9 +199,8 @@ class PostgresCatalog:
     async def remove(self, tenant: str, bucket: str, names: Sequence[str]) -> dict[str, str]:
         async with _transaction(self._pool, tenant) as connection:
             await self._check_bucket(connection, tenant, bucket)
-            rows = await connection.fetch(
-                LOCK_OBJECTS, tenant, self._provider, [bucket] * len(names), list(names)
-            )
+            await connection.execute(SHARE_MOVES, self._moves(tenant))
+            rows = await connection.fetch(LOCK_OBJECTS, tenant, self._provider, bucket, list(names))
             removed = {row["name"]: row["blob"] for row in rows}
             await connection.execute(DELETE_OBJECTS, tenant, self._provider, bucket, list(removed))
             await connection.execute(FORGET_BLOBS, self._provider, list(removed.values()))
@@ -244,6 +240,9 @@ class PostgresCatalog:
     async def _check_bucket(self, connection: Connection, tenant: str, bucket: str) -> None:
         if await connection.fetchrow(READ_BUCKET, tenant, self._provider, bucket) is None:
             raise missing("bucket", bucket)
+
+    def _moves(self, tenant: str) -> str:
+        return f"tollgate.storage.moves/{self._provider}/{tenant}"
 
     def _key(self, tenant: str, place: Place) -> tuple[str, str, str, str]:
         return tenant, self._provider, place.bucket, place.name

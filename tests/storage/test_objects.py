@@ -9,11 +9,12 @@ import shutil
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from pydantic import SecretStr
 from storage_caller import Caller, calling_as
 from tollgate.storage.v1 import object_pb2 as pb
 
@@ -435,8 +436,8 @@ async def test_writes_moves_and_deletions_at_once_keep_rows_and_bytes_one(
         await acme.ask(acme.objects.DeleteObjects, request)
 
     pairs = [(one, other) for one in names for other in names if one != other]
-    work = [acme.put(name, name.encode() * 9) for name in names * 4]
-    work += [doing(*pair) for pair in pairs * 2 for doing in (move, copy)]
+    work = [acme.put(name, name.encode() * 9) for name in names * 6]
+    work += [doing(*pair) for pair in pairs * 4 for doing in (move, copy)]
     work += [delete(name) for name in names]
     outcomes = await asyncio.gather(*work, return_exceptions=True)
     assert {type(o) for o in outcomes if isinstance(o, BaseException)} <= {NotFound}
@@ -650,27 +651,64 @@ async def test_health_names_every_provider(storage: Daemon, mesh: MeshSettings) 
 
 
 async def test_the_database_going_away_is_unavailable(
-    storage: Daemon, mesh: MeshSettings, database_url: str, postgres_url: str
+    mesh: MeshSettings, database_url: str
 ) -> None:
     """While the database cannot be had calls get a typed error; when it is back, answers."""
-    async with calling_as(storage.address, mesh) as acme:
-        await acme.bucket()
-        await acme.put("a", b"x")
-        name = urlsplit(database_url).path.lstrip("/")
-        admin = await asyncpg.connect(postgres_url)
-        try:
-            await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-            await admin.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", name
-            )
-            for _ in range(2):
+    parts = urlsplit(database_url)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    cable = _Cable(parts.hostname, parts.port)
+    await cable.plug()
+    here = parts._replace(netloc=parts.netloc.replace(f":{parts.port}", f":{cable.port}"))
+    mesh = mesh.model_copy(update={"database_url": SecretStr(urlunsplit(here))})
+    async with wire(mesh, Settings(listen="127.0.0.1:0")) as daemon:
+        async with calling_as(daemon.address, mesh) as acme:
+            await acme.bucket()
+            await acme.put("a", b"x")
+            await cable.unplug()
+            for doing in (acme.names(), acme.put("b", b"x"), acme.space(), acme.read("a")):
                 with pytest.raises(ProviderUnavailable) as refused:
-                    await acme.names()
-                assert name not in str(refused.value)
-            await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+                    await doing
+                assert str(cable.port) not in str(refused.value)
+            await cable.plug()
+            assert await _soon(acme) == ["a"]
+        await cable.unplug()
+
+
+class _Cable:
+    """The way to the database, which can be cut."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._end = (host, port)
+        self.port = 0
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def plug(self) -> None:
+        self._server = await asyncio.start_server(self._join, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def unplug(self) -> None:
+        assert self._server is not None
+        self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        other_reader, other_writer = await asyncio.open_connection(*self._end)
+        self._writers |= {writer, other_writer}
+        await asyncio.gather(self._copy(reader, other_writer), self._copy(other_reader, writer))
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass
         finally:
-            await admin.close()
-        assert await _soon(acme) == ["a"]
+            writer.close()
 
 
 async def _soon(acme: Caller) -> list[str]:
