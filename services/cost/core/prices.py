@@ -61,6 +61,18 @@ class Price:
     version: int = 0
 
 
+def place_of(line: Price) -> tuple[str, str, str, int, datetime, int]:
+    """Where a line stands in the list, and what no two lines share."""
+    return (
+        line.provider,
+        line.model,
+        line.operation,
+        line.unit,
+        line.effective_time,
+        line.origin,
+    )
+
+
 class Rate(NamedTuple):
     """The lines that a hold is made at, in nano-dollars per million; None where there is none."""
 
@@ -83,6 +95,18 @@ class PriceList:
         for found in self._lines.values():
             found.sort(key=lambda line: (line.origin, line.effective_time))
         self._times = sorted(times)
+
+    def lines(self, provider: str = "") -> list[Price]:
+        """All lines, or those of a provider, by provider, model, operation, unit and time."""
+        return sorted(
+            (
+                line
+                for key, lines in self._lines.items()
+                for line in lines
+                if provider in ("", key[0])
+            ),
+            key=place_of,
+        )
 
     def steady(self, at: datetime) -> tuple[datetime, datetime]:
         """The span around `at`, its end excluded, in which no line takes effect."""

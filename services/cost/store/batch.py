@@ -5,35 +5,31 @@ older holds locked; counters locked; decided by `core.ledger`; written; committe
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from operator import add
-from typing import Any, Final, NamedTuple, TypeAlias
-
-import asyncpg
+from typing import Final, NamedTuple, TypeAlias
 
 from chassis.errors import Billed, DeadlineExceeded, InvalidField, TollgateError
 from chassis.postgres import Connection, Pool, transaction
 from services.cost.core.holds import (
     Authorization,
     Decision,
-    Denial,
     Hold,
     Order,
     Outcome,
-    Refusal,
     Resolution,
     State,
 )
 from services.cost.core.ledger import Book, CounterKey, Entry, hold_not_found, same_call
 from services.cost.core.prices import Rate, cost
-from services.cost.core.usage import INT64_MAX, Account, Metric, Usage
-from services.cost.core.windows import EPOCH, Window, quarter_hour
+from services.cost.core.usage import INT64_MAX, Account
+from services.cost.core.windows import EPOCH, quarter_hour
 from services.cost.store.accounts import Accounts
 from services.cost.store.catalog import LOCK, Catalog
 from services.cost.store.reach import is_away
+from services.cost.store.rows import HOLD_COLUMNS, from_denial, to_hold
 
 Result: TypeAlias = Outcome | TollgateError
 ACQUIRE_TIMEOUT_S: Final = 5.0
@@ -71,11 +67,8 @@ SELECT now(), version,
         THEN ARRAY(SELECT id::text || tenant FROM claimed) END
 FROM state
 """
-_HOLD_COLUMNS: Final = """account, request_id, tokens, pages, bytes, requests, held_nanos_usd,
-    price_version, state, create_time, expire_time, used_tokens, used_pages, used_bytes,
-    used_requests, charged_nanos_usd, overrun_nanos_usd, unconfirmed, denial"""
 _LOCK_HOLDS: Final = f"""
-SELECT place, {_HOLD_COLUMNS}
+SELECT place, {HOLD_COLUMNS}
 FROM unnest($1::uuid[], $2::text[]) WITH ORDINALITY AS ask (id, tenant, place)
 JOIN holds USING (id, tenant)
 ORDER BY id, tenant FOR UPDATE OF holds
@@ -196,9 +189,9 @@ def hold_key(hold_id: str, tenant: str) -> str:
 class BatchStore:
     """Runs batches."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, accounts: Accounts) -> None:
         self._pool = pool
-        self._accounts = Accounts()
+        self._accounts = accounts
         self._counters_known: set[CounterKey] = set()
 
     async def run(
@@ -287,52 +280,7 @@ class BatchStore:
         names, catalog = list(keys.items()), batch.catalog
         for row in rows:
             key, (hold_id, _) = names[row[0] - 1]
-            batch.holds[key] = self._hold(hold_id, row, catalog)
-
-    def _hold(self, hold_id: str, row: asyncpg.Record, catalog: Catalog) -> Hold:
-        """A hold of _HOLD_COLUMNS, after one column."""
-        (
-            _,
-            number,
-            request_id,
-            tokens,
-            pages,
-            size,
-            requests,
-            held,
-            price_version,
-            state,
-            create_time,
-            expire_time,
-            used_tokens,
-            used_pages,
-            used_bytes,
-            used_requests,
-            charged,
-            overrun,
-            unconfirmed,
-            denial,
-        ) = row
-        account = self._accounts.by_number[number]
-        return Hold(
-            hold_id,
-            account,
-            request_id,
-            Usage(tokens, pages, size, requests),
-            held,
-            price_version,
-            catalog.rate_of(account, price_version, create_time),
-            State(state),
-            create_time,
-            expire_time,
-            None
-            if used_tokens is None
-            else Usage(used_tokens, used_pages, used_bytes, used_requests),
-            charged,
-            overrun,
-            unconfirmed,
-            None if denial is None else _to_denial(denial),
-        )
+            batch.holds[key] = to_hold(hold_id, row, self._accounts, catalog)
 
     async def _lock_counters(self, connection: Connection, batch: Batch) -> None:
         """Lock and read every counter that an order may touch, making those that are missing."""
@@ -411,7 +359,7 @@ async def _write(connection: Connection, batch: Batch) -> None:
     book = batch.book
     if batch.denied:
         rows = [
-            (hold.id, hold.account.scope.tenant, _from_denial(hold.denial))
+            (hold.id, hold.account.scope.tenant, from_denial(hold.denial))
             for hold in batch.denied
             if hold.denial is not None
         ]
@@ -513,21 +461,3 @@ def _expect(rows: int, status: str) -> None:
 def _columns(rows: Iterable[Sequence[object]], width: int) -> list[Sequence[object]]:
     """Rows turned into columns, also when there are none."""
     return list(zip(*rows, strict=True)) or [()] * width
-
-
-def _from_denial(denial: Denial) -> str:
-    refusals = [
-        [r.limit_id, r.display_name, r.metric, r.window, r.maximum, r.consumed, r.requested]
-        for r in denial.refusals
-    ]
-    retry_time = denial.retry_time.isoformat() if denial.retry_time else None
-    return json.dumps({"refusals": refusals, "retry_time": retry_time})
-
-
-def _to_denial(document: dict[str, Any]) -> Denial:
-    refusals = [
-        Refusal(limit_id, name, Metric(metric), Window(window), maximum, consumed, requested)
-        for limit_id, name, metric, window, maximum, consumed, requested in document["refusals"]
-    ]
-    retry_time = document["retry_time"]
-    return Denial(refusals, datetime.fromisoformat(retry_time) if retry_time else None)

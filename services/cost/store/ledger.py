@@ -14,6 +14,7 @@ from chassis.batching import Batcher
 from chassis.errors import Internal, InvalidField
 from chassis.postgres import Pool
 from services.cost.core.holds import Action, Order, Resolution
+from services.cost.store.accounts import Accounts
 from services.cost.store.batch import (
     Batch,
     BatchStore,
@@ -51,6 +52,7 @@ class Ledger:
         self,
         pool: Pool,
         catalog: CatalogStore,
+        accounts: Accounts,
         *,
         orders_max: int,
         batches_max: int,
@@ -59,7 +61,7 @@ class Ledger:
     ) -> None:
         self._pool = pool
         self._catalog = catalog
-        self._store = BatchStore(pool)
+        self._store = BatchStore(pool, accounts)
         self._on_commit = on_commit
         self._batcher: Batcher[Work, list[Result]] = Batcher(
             self._run,

@@ -1,0 +1,219 @@
+"""Conversions that the services share. Holds go by the thousand, so their path is short."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from typing import Final
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+from tollgate.cost.v1 import cost_pb2 as pb
+from tollgate.cost.v1 import price_pb2, usage_pb2
+
+from chassis.errors import InvalidField, Violation
+from services.cost.core.holds import TTL_MAX_S, TTL_MIN_S, Denial, Hold
+from services.cost.core.prices import Rate, Unit
+from services.cost.core.usage import Account, Scope, Usage, checked_usage, refused
+from services.cost.core.windows import EPOCH
+
+NAME_MAX = 256
+REQUEST_ID_MAX = 128
+_REMEMBERED_MAX: Final = 20_000
+_UUID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_REQUIRED: Final = ("tenant", "service", "provider", "operation")
+_MICROSECOND: Final = EPOCH.resolution
+_TIME_MIN: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def checked_id(field: str, value: str) -> str:
+    """A UUID in lower case. Raises InvalidField."""
+    if _UUID.fullmatch(value):
+        return value
+    if _UUID.fullmatch(value.lower()):
+        return value.lower()
+    raise InvalidField.of(field, "must be a UUID with hyphens")
+
+
+def checked_tenant(value: str) -> str:
+    """A tenant's name. Raises InvalidField."""
+    if not _is_name(value):
+        raise InvalidField.of("tenant", f"must be 1 to {NAME_MAX} printable characters")
+    return value
+
+
+def checked_request_id(value: str) -> str:
+    """A request id, or nothing. Raises InvalidField."""
+    if len(value) > REQUEST_ID_MAX or not value.isprintable():
+        raise InvalidField.of("request_id", f"must have at most {REQUEST_ID_MAX} characters")
+    return value
+
+
+def _is_name(value: str) -> bool:
+    return 0 < len(value) <= NAME_MAX and value.isprintable()
+
+
+class Scopes:
+    """Scopes that were checked before, so that each is checked once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Scope, Scope] = {}
+
+    def of(self, asked: usage_pb2.Scope, operation: str) -> Scope:
+        """The scope of a call. Raises InvalidField naming every field at fault."""
+        scope = Scope(
+            asked.tenant,
+            asked.project,
+            asked.service,
+            asked.provider,
+            asked.model,
+            operation,
+            asked.simulated,
+        )
+        known = self._known.get(scope)
+        if known is not None:
+            return known
+        _check_scope(scope)
+        if len(self._known) >= _REMEMBERED_MAX:
+            self._known.clear()
+        self._known[scope] = scope
+        return scope
+
+
+def _check_scope(scope: Scope) -> None:
+    faults = []
+    for name, value in scope._asdict().items():
+        if name == "simulated" or _is_name(value) or (not value and name not in _REQUIRED):
+            continue
+        field = name if name == "operation" else f"scope.{name}"
+        faults.append(Violation(field, f"must be 1 to {NAME_MAX} printable characters"))
+    if faults:
+        raise refused(faults)
+
+
+def to_usage(field: str, usage: usage_pb2.Usage) -> Usage:
+    """A usage from the wire. Raises InvalidField."""
+    return checked_usage(field, usage.tokens, usage.pages, usage.bytes, usage.requests)
+
+
+def to_ttl_ms(ttl: Duration) -> int:
+    """A time to live in milliseconds, rounded up. Raises InvalidField."""
+    millis = ttl.seconds * 1000 - (-ttl.nanos // 1_000_000)
+    if not TTL_MIN_S * 1000 <= millis <= TTL_MAX_S * 1000 or abs(ttl.nanos) >= 1_000_000_000:
+        raise InvalidField.of("ttl", "must be one second to seven days")
+    return millis
+
+
+def to_time(field: str, time: Timestamp) -> datetime:
+    """A time from the wire, of 1970 or later. Raises InvalidField."""
+    try:
+        found = time.ToDatetime(UTC)
+    except (ValueError, OverflowError):
+        found = datetime.min.replace(tzinfo=UTC)
+    if found < _TIME_MIN or found.year > 9000:
+        raise InvalidField.of(field, "must be a time of the years 1970 to 9000")
+    return found
+
+
+def set_time(message: Timestamp, at: datetime) -> None:
+    """Put a time into a message, exactly."""
+    micros = (at - EPOCH) // _MICROSECOND
+    message.seconds, rest = divmod(micros, 1_000_000)
+    message.nanos = rest * 1000
+
+
+def set_usage(message: usage_pb2.Usage, usage: Usage) -> None:
+    """Put a usage into a message."""
+    message.tokens, message.pages, message.bytes, message.requests = usage
+
+
+class HoldWriter:
+    """Writes holds into messages. What many holds share is made once and copied."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Account, Rate, int, Usage, int], pb.Hold] = {}
+        self._times: dict[datetime, tuple[int, int]] = {}
+
+    def write(self, message: pb.Hold, hold: Hold) -> None:
+        """Fill an empty message."""
+        key = (hold.account, hold.rate, hold.price_version, hold.bound, hold.held_nanos_usd)
+        made = self._made.get(key)
+        if made is None:
+            made = self._make(hold)
+            if len(self._made) >= _REMEMBERED_MAX:
+                self._made.clear()
+            self._made[key] = made
+        message.CopyFrom(made)
+        message.id = hold.id
+        message.request_id = hold.request_id
+        message.state = int(hold.state)  # type: ignore[assignment]  # the numbers are the same
+        created, expires = message.create_time, message.expire_time
+        created.seconds, created.nanos = self._time(hold.create_time)
+        expires.seconds, expires.nanos = self._time(hold.expire_time)
+        if hold.usage is not None:
+            set_usage(message.usage, hold.usage)
+        if hold.charged_nanos_usd:
+            message.charged_nanos_usd = hold.charged_nanos_usd
+            message.overrun_nanos_usd = hold.overrun_nanos_usd
+        if hold.unconfirmed:
+            message.unconfirmed = True
+
+    def _make(self, hold: Hold) -> pb.Hold:
+        scope = hold.account.scope
+        return pb.Hold(
+            scope=scope_message(scope),
+            operation=scope.operation,
+            bound=usage_message(hold.bound),
+            held_nanos_usd=hold.held_nanos_usd,
+            price_version=hold.price_version,
+            unit_prices=[
+                price_pb2.UnitPrice(unit=int(unit), nanos_usd_per_million=nanos)  # type: ignore[arg-type]  # the numbers are the same
+                for unit, nanos in zip(Unit, hold.rate, strict=True)
+                if nanos is not None
+            ],
+        )
+
+    def _time(self, at: datetime) -> tuple[int, int]:
+        found = self._times.get(at)
+        if found is None:
+            seconds, micros = divmod((at - EPOCH) // _MICROSECOND, 1_000_000)
+            if len(self._times) >= _REMEMBERED_MAX:
+                self._times.clear()
+            found = self._times[at] = (seconds, micros * 1000)
+        return found
+
+
+def scope_message(scope: Scope) -> usage_pb2.Scope:
+    """A scope for the wire."""
+    return usage_pb2.Scope(
+        tenant=scope.tenant,
+        project=scope.project,
+        service=scope.service,
+        provider=scope.provider,
+        model=scope.model,
+        simulated=scope.simulated,
+    )
+
+
+def usage_message(usage: Usage) -> usage_pb2.Usage:
+    """A usage for the wire."""
+    return usage_pb2.Usage(
+        tokens=usage.tokens, pages=usage.pages, bytes=usage.bytes, requests=usage.requests
+    )
+
+
+def write_denial(message: pb.Denial, denial: Denial) -> None:
+    """Fill an empty message."""
+    for refusal in denial.refusals:
+        message.refusals.add(
+            limit_id=refusal.limit_id,
+            display_name=refusal.display_name,
+            metric=int(refusal.metric),
+            window=int(refusal.window),
+            maximum=refusal.maximum,
+            consumed=refusal.consumed,
+            requested=refusal.requested,
+            over=refusal.over,
+        )
+    if denial.retry_time is not None:
+        set_time(message.retry_time, denial.retry_time)

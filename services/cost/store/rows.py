@@ -1,0 +1,83 @@
+"""Rows of `holds`, as holds."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any, Final
+
+import asyncpg
+
+from services.cost.core.holds import Denial, Hold, Refusal, State
+from services.cost.core.usage import Metric, Usage
+from services.cost.core.windows import Window
+from services.cost.store.accounts import Accounts
+from services.cost.store.catalog import Catalog
+
+HOLD_COLUMNS: Final = """account, request_id, tokens, pages, bytes, requests, held_nanos_usd,
+    price_version, state, create_time, expire_time, used_tokens, used_pages, used_bytes,
+    used_requests, charged_nanos_usd, overrun_nanos_usd, unconfirmed, denial"""
+
+
+def to_hold(hold_id: str, row: asyncpg.Record, accounts: Accounts, catalog: Catalog) -> Hold:
+    """A hold of a row that is one column and HOLD_COLUMNS; its account is known."""
+    (
+        _,
+        number,
+        request_id,
+        tokens,
+        pages,
+        size,
+        requests,
+        held,
+        price_version,
+        state,
+        create_time,
+        expire_time,
+        used_tokens,
+        used_pages,
+        used_bytes,
+        used_requests,
+        charged,
+        overrun,
+        unconfirmed,
+        denial,
+    ) = row
+    account = accounts.by_number[number]
+    return Hold(
+        hold_id,
+        account,
+        request_id,
+        Usage(tokens, pages, size, requests),
+        held,
+        price_version,
+        catalog.rate_of(account, price_version, create_time),
+        State(state),
+        create_time,
+        expire_time,
+        None if used_tokens is None else Usage(used_tokens, used_pages, used_bytes, used_requests),
+        charged,
+        overrun,
+        unconfirmed,
+        None if denial is None else to_denial(denial),
+    )
+
+
+def from_denial(denial: Denial) -> str:
+    """A denial as JSON."""
+    refusals = [
+        [r.limit_id, r.display_name, r.metric, r.window, r.maximum, r.consumed, r.requested]
+        for r in denial.refusals
+    ]
+    retry_time = denial.retry_time.isoformat() if denial.retry_time else None
+    return json.dumps({"refusals": refusals, "retry_time": retry_time})
+
+
+def to_denial(document: dict[str, Any]) -> Denial:
+    """A denial from JSON."""
+    refusals = [
+        Refusal(limit_id, name, Metric(metric), Window(window), maximum, consumed, requested)
+        for limit_id, name, metric, window, maximum, consumed, requested in document["refusals"]
+    ]
+    retry_time = document["retry_time"]
+    return Denial(refusals, datetime.fromisoformat(retry_time) if retry_time else None)
