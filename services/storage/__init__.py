@@ -11,5 +11,5 @@ Peers     none; the router stands before it.
 Providers one file each in `providers/`: `filesystem` (objects), `pgvector` (vectors), `mock` (both,
           in memory).
 Read on   `names.py` (what names may be), `core.py` (objects), `vectors.py`, `store.py` (all SQL),
-          `providers/`, `service.py` (the wire), `main.py` (the wiring).
+          `provider.py` and `providers/`, `service.py` (the wire), `main.py` (the wiring).
 """

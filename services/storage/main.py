@@ -11,13 +11,13 @@ from pydantic import Field
 from tollgate.storage.v1 import object_pb2_grpc, vector_pb2_grpc
 
 from chassis.database import room_pool
-from chassis.errors import ProviderUnavailable
+from chassis.errors import ProviderUnavailable, TollgateError
 from chassis.server import Daemon, StartError, launch
 from chassis.settings import MeshSettings, RoomSettings, room_config
 from services.storage import providers
 from services.storage.core import Blobs, Catalog, Objects
 from services.storage.names import PageTokens
-from services.storage.providers import Means, Provider
+from services.storage.provider import Means, Provider
 from services.storage.service import ObjectService, VectorService
 from services.storage.store import MIGRATIONS, ROOM, PostgresCatalog, PostgresVectors, prepare
 
@@ -44,7 +44,7 @@ class Settings(RoomSettings):
         3_600.0, ge=0, description="How old such bytes are before they are collected."
     )
     exact_components_max: int = Field(
-        4_000_000,
+        1_000_000,
         ge=1,
         description="Vectors times dimensions up to which a collection is searched exactly.",
     )
@@ -119,6 +119,9 @@ async def _sweep(served: Sequence[Provider], settings: Settings) -> None:
                 continue
             try:
                 swept = await provider.objects.sweep(settings.sweep_age_s)
+            except TollgateError as error:
+                fields = {"provider": provider.name, "why": error.message}
+                log.warning("sweep failed", extra={"fields": fields})
             except Exception:
                 log.exception("sweep failed", extra={"fields": {"provider": provider.name}})
             else:

@@ -21,7 +21,7 @@ from chassis.answer import stamp
 from chassis.call import PROVIDER, current
 from chassis.errors import InvalidField
 from services.storage import core, vectors
-from services.storage.providers import Provider
+from services.storage.provider import Provider
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Rules = TypeVar("Rules")

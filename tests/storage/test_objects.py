@@ -7,15 +7,16 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import SecretStr
-from storage_caller import Caller, calling_as
+from storage_caller import Caller, calling_as, vector
 from tollgate.storage.v1 import object_pb2 as pb
 
 from chassis.errors import (
@@ -191,7 +192,7 @@ async def test_bad_buckets_are_refused(acme: Caller, bucket: str) -> None:
         {"if_etag": "x", "if_absent": True},
     ],
 )
-async def test_bad_headers_are_refused(acme: Caller, header: dict[str, object]) -> None:
+async def test_bad_headers_are_refused(acme: Caller, header: dict[str, Any]) -> None:
     """Each fault of a header gets InvalidField naming its field, and nothing is kept."""
     with pytest.raises(InvalidField) as refused:
         await acme.put("a", b"x", **header)
@@ -436,7 +437,9 @@ async def test_writes_moves_and_deletions_at_once_keep_rows_and_bytes_one(
         await acme.ask(acme.objects.DeleteObjects, request)
 
     pairs = [(one, other) for one in names for other in names if one != other]
-    work = [acme.put(name, name.encode() * 9) for name in names * 6]
+    work: list[Coroutine[Any, Any, object]] = [
+        acme.put(name, name.encode() * 9) for name in names * 6
+    ]
     work += [doing(*pair) for pair in pairs * 4 for doing in (move, copy)]
     work += [delete(name) for name in names]
     outcomes = await asyncio.gather(*work, return_exceptions=True)
@@ -578,6 +581,22 @@ async def test_objects_outlive_the_daemon(mesh: MeshSettings) -> None:
         assert await acme.read("a") == b"x"
 
 
+async def test_storage_works_through_a_transaction_pooler(mesh: MeshSettings) -> None:
+    """Where sessions are no one's own, objects and vectors work all the same."""
+    mesh = mesh.model_copy(update={"database_pooled": True})
+    async with wire(mesh, Settings(listen="127.0.0.1:0")) as daemon:
+        async with calling_as(daemon.address, mesh) as acme:
+            await acme.bucket()
+            stored = await acme.put("a", b"x")
+            assert stored.content_type == "application/octet-stream"
+            assert await acme.read("a") == b"x"
+            await acme.space()
+            for revision in (1, 2):
+                await acme.upsert("d", revision, [vector("a", [1.0, 0.0, 0.0])])
+            await acme.activate("d", 2)
+            assert [hit.revision for hit in await acme.search([1.0, 1.0, 0.0])] == [2]
+
+
 async def test_a_disk_that_refuses_is_unavailable_and_names_no_path(
     storage: Daemon, mesh: MeshSettings, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -644,7 +663,7 @@ async def test_calls_without_identity_or_with_an_unknown_provider_are_refused(
 async def test_health_names_every_provider(storage: Daemon, mesh: MeshSettings) -> None:
     """Health knows the services and each provider of each, found in the folder."""
     async with calling_as(storage.address, mesh) as caller:
-        health = health_pb2_grpc.HealthStub(caller.channel)  # type: ignore[no-untyped-call]
+        health: Any = health_pb2_grpc.HealthStub(caller.channel)  # Its types know no methods.
         for name in (OBJECTS, f"{OBJECTS}/filesystem", f"{OBJECTS}/mock"):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
             assert answer.status == health_pb2.HealthCheckResponse.SERVING

@@ -21,7 +21,7 @@ from obstore.store import LocalStore
 
 from chassis.errors import ProviderUnavailable
 from services.storage.core import READ_CHUNK_BYTES_MAX, BlobMissing, key_age_s
-from services.storage.providers import Means, Provider
+from services.storage.provider import Means, Provider
 
 log = logging.getLogger(__name__)
 

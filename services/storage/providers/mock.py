@@ -21,7 +21,7 @@ from services.storage.core import (
     key_age_s,
     missing,
 )
-from services.storage.providers import Means, Provider
+from services.storage.provider import Means, Provider
 from services.storage.vectors import Document, Half, Hit, KeptVector, Query, Space, Vectors
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.storage.providers import Means, Provider
+from services.storage.provider import Means, Provider
 from services.storage.vectors import Vectors
 
 
