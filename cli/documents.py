@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -19,6 +20,7 @@ from tollgate.storage.v1 import object_pb2, object_pb2_grpc
 
 from chassis.errors import NotFound, TollgateError
 from cli.adding import BUCKET, Added, Adding, document_id, files_of
+from cli.caller import Unreachable
 from cli.command import Failed, Session, command, described, group
 from cli.money import usd
 from cli.terminal import Terminal, as_dict, local_time, lower, size, table
@@ -69,7 +71,7 @@ async def add(
     try:
         async with session.router() as router:
             await followed(router, files, terminal, collection=collection, watch=watch)
-    except BaseException:
+    except (Unreachable, asyncio.CancelledError):
         _tell_what_goes_on(files, terminal)
         raise
     terminal.json(summary(files))
@@ -214,7 +216,7 @@ def _tell_what_goes_on(files: Sequence[Added], terminal: Terminal) -> None:
         terminal.say(
             f"the mesh goes on with {taken} of the documents: `tollgate documents` shows them"
         )
-    if untaken:
+    if untaken and untaken < len(files):
         terminal.say(f"{untaken} were not sent: add them again")
 
 

@@ -268,8 +268,8 @@ class Supervisor:
     def _why_it_ended(self, room: _Room) -> str:
         code = room.process.returncode if room.process else None
         reason = logs.last_error(room.log, room.log_offset)
-        if reason.startswith("ModuleNotFoundError"):
-            module = reason.rpartition(" ")[2].strip("'\"")
+        if "No module named" in reason:
+            module = reason.rpartition("No module named ")[2].strip("'\"")
             return f"the {room.name} daemon misses {module}: run `make` again to install it"
         if "No space left on device" in reason:
             return _full(self.state_dir)

@@ -26,6 +26,7 @@ from cli.terminal import INTERRUPTED, Terminal, table
 
 app = typer.Typer()
 
+_SAMPLES = os.path.relpath(Path(__file__).with_name("demo") / "documents")
 _WHAT = {
     "router": "the one address for clients",
     "cost": "the ledger: limits, holds, prices, usage",
@@ -135,15 +136,16 @@ def _tell_where(mesh: MeshSettings, terminal: Terminal) -> None:
     default = MeshSettings.model_fields["router_address"].default
     at = "" if mesh.router_address == default else " (same settings)"
     terminal.say(f"Try it in another terminal{at}:")
+    program = "tollgate" if shutil.which("tollgate") else _beside("tollgate")
     for words, what in (
-        ("tollgate add cli/demo/documents", "add the sample documents"),
-        ('tollgate search "is it too windy to unload?"', "find a passage by its meaning"),
-        ("tollgate usage", "what was used and charged"),
-        ("tollgate limits", "what may be spent"),
-        ("tollgate trace", "the newest request, across all daemons"),
-        ("tollgate health", "whether all is well"),
+        (f"add {_SAMPLES}", "add the sample documents"),
+        ('search "too windy to unload?"', "find a passage by its meaning"),
+        ("usage", "what was used and charged"),
+        ("limits", "what may be spent"),
+        ("trace", "the newest request, everywhere"),
+        ("health", "whether all is well"),
     ):
-        terminal.say(f"  [bold]{escape(words):<46}[/] [dim]{what}[/]")
+        terminal.say(f"  [bold]{escape(f'{program} {words}'):<43}[/] [dim]{what}[/]")
     terminal.say("\nOr any gRPC client, by reflection:")
     # Printed as it is: a line that a terminal folds can still be copied whole.
     if not terminal.as_json:
@@ -163,17 +165,19 @@ def by_reflection(router_address: str) -> str:
     method = "tollgate.router.v1.RouterService/ListBackends"
     buf = _buf()
     if shutil.which("grpcurl") or not buf:
-        return f"grpcurl -plaintext -H 'tollgate-tenant: default' {router_address} {method}"
+        return f"grpcurl -plaintext {router_address} {method}"
     return (
         f"{shlex.quote(buf)} curl --protocol grpc --http2-prior-knowledge "
-        f"-H 'tollgate-tenant: default' http://{router_address}/{method}"
+        f"http://{router_address}/{method}"
     )
 
 
 def _buf() -> str:
-    """The buf executable: of this environment, relative where that is shorter, or on the PATH."""
-    beside = Path(sys.executable).with_name("buf")
-    if beside.exists():
-        relative = os.path.relpath(beside)
-        return relative if len(relative) < len(str(beside)) else str(beside)
-    return "buf" if shutil.which("buf") else ""
+    """The buf executable: of this environment, else on the PATH; empty where there is none."""
+    return _beside("buf") or ("buf" if shutil.which("buf") else "")
+
+
+def _beside(program: str) -> str:
+    """A program of this environment, from here where that is shorter; empty where it has none."""
+    path = Path(sys.executable).with_name(program)
+    return min(os.path.relpath(path), str(path), key=len) if path.exists() else ""
