@@ -156,6 +156,9 @@ def is_database_away(error: BaseException) -> bool:
     if isinstance(error, asyncpg.InterfaceError):
         # asyncpg has one class for a connection that went away and for misuse of one.
         return any(word in str(error) for word in ("is closed", "is closing", "was closed"))
+    if isinstance(error, asyncpg.InternalClientError):
+        # The server said goodbye to an idle connection, whose end is not noticed yet.
+        return "cannot switch to state" in str(error)
     if isinstance(error, OSError):
         return (
             isinstance(error, ConnectionError | TimeoutError | socket.gaierror)

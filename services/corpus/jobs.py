@@ -30,7 +30,7 @@ from pgqueuer.domain.models import Job
 from pgqueuer.domain.settings import DBSettings
 from pgqueuer.domain.types import Channel
 
-from chassis.postgres import Connection, Pool, transaction
+from chassis.postgres import Connection, Pool, is_database_away, transaction
 from services.corpus.core import Ticket, backoff_s
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class Workers:
         self._classes = classes
         self._heartbeat_timeout = timedelta(seconds=heartbeat_timeout_s)
         self._stopping = asyncio.Event()
-        self._managers: set[QueueManager] = set()
+        self._shutdowns: set[asyncio.Event] = set()
         self._loops: list[asyncio.Task[None]] = []
         self._running: set[asyncio.Task[float | None]] = set()
 
@@ -132,8 +132,8 @@ class Workers:
     async def stop(self, grace_s: float) -> None:
         """Take no more jobs, let those under way end, and put back the ones that do not."""
         self._stopping.set()
-        for manager in self._managers:
-            manager.shutdown.set()
+        for shutdown in self._shutdowns:
+            shutdown.set()
         if self._running:
             await asyncio.wait(self._running, timeout=grace_s)
         # What is cancelled here, and not by PgQueuer, is asked to be retried: its row stays.
@@ -146,14 +146,15 @@ class Workers:
 
     async def _serve(self, limits: Mapping[str, int]) -> None:
         """Work through one class of jobs, dialling the database again whenever it went away."""
-        slots = {job: asyncio.Semaphore(limit) for job, limit in limits.items()}
+        slots = {str(job): asyncio.Semaphore(limit) for job, limit in limits.items()}
         while not self._stopping.is_set():
             try:
                 await self._work_off(slots, sum(limits.values()))
             except Exception as error:
                 log.warning(
                     "the job queue was interrupted",
-                    extra={"fields": {"jobs": list(limits), "error": type(error).__name__}},
+                    exc_info=error,
+                    extra={"fields": {"jobs": list(slots)}},
                 )
             await self._pause(_RECONNECT_S)
 
@@ -167,7 +168,7 @@ class Workers:
         manager = QueueManager(_queries(connection), CHANNEL)
         for job, slot in slots.items():
             manager.entrypoint(job, on_failure="hold")(self._entrypoint(slot))
-        self._managers.add(manager)
+        self._shutdowns.add(manager.shutdown)
         try:
             if self._stopping.is_set():
                 return
@@ -181,7 +182,7 @@ class Workers:
                 log_aggregation_interval=timedelta(0),
             )
         finally:
-            self._managers.discard(manager)
+            self._shutdowns.discard(manager.shutdown)
             connection.terminate()
 
     def _entrypoint(self, slot: asyncio.Semaphore) -> Callable[[Job], Awaitable[None]]:
@@ -216,9 +217,12 @@ class Workers:
     async def _tend(self) -> None:
         """Put back what PgQueuer gave up on, and drop old lines of its log."""
         while not self._stopping.is_set():
-            with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            try:
                 async with transaction(self._pool) as connection:
                     await self._put_back(connection)
+            except Exception as error:
+                if not is_database_away(error):
+                    log.exception("cannot tend to the job queue")
             await self._pause(_TEND_S)
 
     async def _put_back(self, connection: Connection) -> None:

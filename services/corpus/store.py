@@ -61,6 +61,8 @@ _LIVE = """
                 AND d.revision = r.revision AND NOT d.deleted)
 """
 _NOW = "updated_at = clock_timestamp()"
+# What is set when a stage gets on.
+_WELL = f"reason = '', message = '', faults = 0, waiting_since = NULL, {_NOW}"
 _DOCUMENT = """
     SELECT d.collection, d.document_id, d.created_at, r.*
     FROM documents d JOIN revisions r USING (tenant, uid, revision)
@@ -86,7 +88,7 @@ class Store:
         try:
             async with transaction(self._pool, tenant=tenant) as connection:
                 yield connection
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        except Exception as error:
             if is_database_away(error):
                 raise ProviderUnavailable("the corpus cannot reach its database") from None
             raise
@@ -239,14 +241,17 @@ class Store:
         """
         async with self._transaction(ticket.tenant) as connection:
             row = await connection.fetchrow(
-                f"""UPDATE revisions r SET state = $5, reason = '', message = '',
-                      retry_at = NULL, {_NOW}
-                    WHERE {_LIVE} RETURNING r.*""",
+                f"SELECT r.* FROM revisions r WHERE {_LIVE}", *_key(ticket, stage)
+            )
+            if row is None:
+                return None
+            if row["state"] == WORKING[stage] and row["retry_at"] is None:
+                return _work(ticket, row)
+            await connection.execute(
+                f"UPDATE revisions r SET state = $5, retry_at = NULL, {_NOW} WHERE {_LIVE}",
                 *_key(ticket, stage),
                 WORKING[stage],
             )
-        if row is None:
-            return None
         self._changes.tell(ticket.uid)
         return _work(ticket, row)
 
@@ -394,8 +399,7 @@ class Store:
             )
             await connection.execute(
                 f"""UPDATE revisions r SET chunks_done = chunks_done + $5, embedded_by = $6,
-                      charged_nanos_usd = charged_nanos_usd + $7, faults = 0, waiting_since = NULL,
-                      {_NOW}
+                      charged_nanos_usd = charged_nanos_usd + $7, {_WELL}
                     WHERE {_LIVE}""",
                 *_key(ticket, Stage.EMBED),
                 chunks if marked else 0,
@@ -426,8 +430,8 @@ class Store:
         """The revision serves: say so, and have what was before it removed."""
         async with self._transaction(ticket.tenant) as connection:
             ready = await connection.fetchval(
-                f"""UPDATE revisions r SET state = 'READY', faults = 0, waiting_since = NULL,
-                      charged_nanos_usd = charged_nanos_usd + $5, {_NOW}
+                f"""UPDATE revisions r SET state = 'READY',
+                      charged_nanos_usd = charged_nanos_usd + $5, {_WELL}
                     WHERE {_LIVE} RETURNING true""",
                 *_key(ticket, Stage.INDEX),
                 charged_nanos_usd,
@@ -444,8 +448,7 @@ class Store:
         """A transaction that ends one stage and enqueues the next; None where it is not to be."""
         async with self._transaction(ticket.tenant) as connection:
             moved = await connection.fetchval(
-                f"""UPDATE revisions r SET stage = $5, state = $6, faults = 0,
-                      waiting_since = NULL, {_NOW}
+                f"""UPDATE revisions r SET stage = $5, state = $6, {_WELL}
                     WHERE {_LIVE} RETURNING true""",
                 *_key(ticket, stage),
                 to,

@@ -1,0 +1,47 @@
+"""The corpus's own database: migrated, and used as the role that the daemon has."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import asyncpg
+import pytest
+import pytest_asyncio
+
+from chassis.database import room_pool
+from chassis.postgres import Pool
+from chassis.settings import MeshSettings
+from services.corpus.core import Changes
+from services.corpus.jobs import JobQueue, install
+from services.corpus.store import MIGRATIONS, ROLE, ROOM, Store, prepare
+
+
+@pytest_asyncio.fixture
+async def pool(mesh: MeshSettings, database_url: str) -> AsyncIterator[Pool]:
+    """Connections to a fresh corpus, as its role."""
+    async with room_pool(mesh, ROOM, MIGRATIONS, prepare=prepare) as pool:
+        await install(database_url, role=ROLE)
+        yield pool
+
+
+@pytest.fixture
+def store(pool: Pool) -> Store:
+    """The corpus's tables, empty."""
+    return Store(pool, JobQueue(), Changes())
+
+
+@pytest.fixture
+def cut_all(database_url: str) -> Callable[[], Awaitable[None]]:
+    """Ends every other connection to the database, as a server does that goes down."""
+
+    async def cut() -> None:
+        connection = await asyncpg.connect(database_url)
+        try:
+            await connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        finally:
+            await connection.close()
+
+    return cut
