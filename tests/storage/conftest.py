@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from storage_caller import Caller, calling_as
 
 from chassis.server import Daemon
 from chassis.settings import MeshSettings
 from services.storage.main import Settings, wire
+from tests.storage.storage_caller import Caller, calling_as
 
 
 @pytest_asyncio.fixture

@@ -16,7 +16,6 @@ import asyncpg
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import SecretStr
-from storage_caller import Caller, calling_as, vector
 from tollgate.storage.v1 import object_pb2 as pb
 
 from chassis.errors import (
@@ -32,6 +31,7 @@ from chassis.server import Daemon
 from chassis.settings import MeshSettings
 from services.storage.core import new_key
 from services.storage.main import OBJECTS, Settings, wire
+from tests.storage.storage_caller import Caller, calling_as, vector
 
 MIB = 1 << 20
 

@@ -9,7 +9,6 @@ from typing import Any
 import asyncpg
 import numpy as np
 import pytest
-from storage_caller import Caller, calling_as, vector
 from tollgate.storage.v1 import vector_pb2 as vpb
 
 from chassis.errors import (
@@ -22,6 +21,7 @@ from chassis.errors import (
 from chassis.server import Daemon
 from chassis.settings import MeshSettings
 from services.storage.main import Settings, wire
+from tests.storage.storage_caller import Caller, calling_as, vector
 
 X, Y, Z = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]
 
