@@ -107,58 +107,61 @@ async def test_ranges(acme: Caller, size: int) -> None:
             await acme.read("a", offset=offset, limit=limit)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "",
-        "..",
-        ".",
-        "../../etc/passwd",
-        "a/../b",
-        "a/./b",
-        "a/..",
-        "/etc/passwd",
-        "a/",
-        "/",
-        "a\0b",
-        "a\nb",
-        "a\x7fb",
-        "a\x85b",
-        "n" * 1_025,
-        "é" * 513,
-        "n" * 1_000_000,
-    ],
-)
-async def test_bad_names_are_refused_everywhere(acme: Caller, name: str) -> None:
+BAD_NAMES = [
+    "",
+    "..",
+    ".",
+    "../../etc/passwd",
+    "a/../b",
+    "a/./b",
+    "a/..",
+    "/etc/passwd",
+    "a/",
+    "/",
+    "a\0b",
+    "a\nb",
+    "a\x7fb",
+    "a\x85b",
+    "n" * 1_025,
+    "é" * 513,
+    "n" * 1_000_000,
+]
+
+
+async def test_bad_names_are_refused_everywhere(acme: Caller) -> None:
     """A name that is none gets InvalidField from every call that takes one, and nothing is kept."""
     objects = acme.objects
     await acme.put("good", b"x")
-    for doing in (
-        acme.put(name, b"x"),
-        acme.read(name),
-        acme.ask(objects.StatObject, _named(name)),
-        acme.ask(
-            objects.CopyObject, pb.CopyObjectRequest(bucket="docs", name="good", to_name=name)
-        ),
-        acme.ask(objects.MoveObject, pb.MoveObjectRequest(bucket="docs", name=name, to_name="b")),
-        acme.ask(
-            objects.MoveObject, pb.MoveObjectRequest(bucket="docs", name="good", to_name=name)
-        ),
-        acme.ask(objects.DeleteObjects, pb.DeleteObjectsRequest(bucket="docs", names=[name])),
-    ):
-        with pytest.raises(InvalidField):
-            await doing
-    assert await acme.names() == ["good"]
+    for name in BAD_NAMES:
+        for doing in (
+            acme.put(name, b"x"),
+            acme.read(name),
+            acme.ask(objects.StatObject, _named(name)),
+            acme.ask(
+                objects.CopyObject, pb.CopyObjectRequest(bucket="docs", name="good", to_name=name)
+            ),
+            acme.ask(
+                objects.MoveObject, pb.MoveObjectRequest(bucket="docs", name=name, to_name="b")
+            ),
+            acme.ask(
+                objects.MoveObject, pb.MoveObjectRequest(bucket="docs", name="good", to_name=name)
+            ),
+            acme.ask(objects.DeleteObjects, pb.DeleteObjectsRequest(bucket="docs", names=[name])),
+        ):
+            with pytest.raises(InvalidField):
+                await doing
+        assert await acme.names() == ["good"]
 
 
-@pytest.mark.parametrize(
-    "name", ["a\\..\\b", "...", "..a", "a//b", "%2e%2e/x", "C:\\x", " ", "#1", "n" * 1_024, "𐍈/ö"]
-)
-async def test_odd_names_are_names(acme: Caller, name: str) -> None:
+ODD_NAMES = ["a\\..\\b", "...", "..a", "a//b", "%2e%2e/x", "C:\\x", " ", "#1", "n" * 1_024, "𐍈/ö"]
+
+
+async def test_odd_names_are_names(acme: Caller) -> None:
     """What looks odd but is allowed is stored and found under that very name."""
-    await acme.put(name, name.encode())
-    assert await acme.read(name) == name.encode()
-    assert await acme.names() == [name]
+    for name in ODD_NAMES:
+        await acme.put(name, name.encode())
+        assert await acme.read(name) == name.encode()
+    assert await acme.names() == sorted(ODD_NAMES)
 
 
 async def test_names_that_hold_one_another_live_together(acme: Caller) -> None:
@@ -168,36 +171,39 @@ async def test_names_that_hold_one_another_live_together(acme: Caller) -> None:
     assert (await acme.read("a"), await acme.read("a/b")) == (b"1", b"2")
 
 
-@pytest.mark.parametrize("bucket", ["", "ab", "a" * 64, "Docs", "a_b", "../x", "döcs", "docs\n"])
-async def test_bad_buckets_are_refused(acme: Caller, bucket: str) -> None:
+BAD_BUCKETS = ["", "ab", "a" * 64, "Docs", "a_b", "../x", "döcs", "docs\n"]
+
+
+async def test_bad_buckets_are_refused(acme: Caller) -> None:
     """A bucket's name that is none gets InvalidField."""
-    for doing in (acme.bucket(bucket), acme.put("a", b"x", bucket=bucket), acme.names(bucket)):
-        with pytest.raises(InvalidField):
-            await doing
+    for bucket in BAD_BUCKETS:
+        for doing in (acme.bucket(bucket), acme.put("a", b"x", bucket=bucket), acme.names(bucket)):
+            with pytest.raises(InvalidField):
+                await doing
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        {"max_bytes": -1},
-        {"max_bytes": (64 << 20) + 1},
-        {"content_type": "html"},
-        {"content_type": "a/b\nc"},
-        {"content_type": "a/" + "b" * 300},
-        {"metadata": {"": "x"}},
-        {"metadata": {"k": "a\0b"}},
-        {"metadata": {"k": "v" * 2_048}},
-        {"metadata": {str(n): "" for n in range(65)}},
-        {"if_etag": "x" * 129},
-        {"if_etag": "x", "if_absent": True},
-    ],
-)
-async def test_bad_headers_are_refused(acme: Caller, header: dict[str, Any]) -> None:
+BAD_HEADERS: list[dict[str, Any]] = [
+    {"max_bytes": -1},
+    {"max_bytes": (64 << 20) + 1},
+    {"content_type": "html"},
+    {"content_type": "a/b\nc"},
+    {"content_type": "a/" + "b" * 300},
+    {"metadata": {"": "x"}},
+    {"metadata": {"k": "a\0b"}},
+    {"metadata": {"k": "v" * 2_048}},
+    {"metadata": {str(n): "" for n in range(65)}},
+    {"if_etag": "x" * 129},
+    {"if_etag": "x", "if_absent": True},
+]
+
+
+async def test_bad_headers_are_refused(acme: Caller) -> None:
     """Each fault of a header gets InvalidField naming its field, and nothing is kept."""
-    with pytest.raises(InvalidField) as refused:
-        await acme.put("a", b"x", **header)
-    assert refused.value.violations[0].subject in {*header, "if_absent"}
-    assert await acme.names() == []
+    for header in BAD_HEADERS:
+        with pytest.raises(InvalidField) as refused:
+            await acme.put("a", b"x", **header)
+        assert refused.value.violations[0].subject in {*header, "if_absent"}
+        assert await acme.names() == []
 
 
 async def test_a_bad_upload_is_refused(acme: Caller, mesh: MeshSettings) -> None:

@@ -199,29 +199,27 @@ async def test_simulated_and_genuine_never_mix(finder: Caller) -> None:
             await finder.search(X, space=space, simulated=simulated)
 
 
-@pytest.mark.parametrize(
-    ("values", "error"),
-    [
-        ([1.0, 0.0], SpaceMismatch),
-        ([1.0, 0.0, 0.0, 0.0], SpaceMismatch),
-        ([], SpaceMismatch),
-        ([float("nan"), 0.0, 1.0], InvalidField),
-        ([float("inf"), 0.0, 1.0], InvalidField),
-        ([0.0, 0.0, 0.0], InvalidField),
-        ([-0.0, 1e-9, 1e-38], InvalidField),
-        ([65_505.0, 0.0, 0.0], InvalidField),
-        ([0.0, -70_000.0, 0.0], InvalidField),
-    ],
-)
-async def test_vectors_that_cannot_be_compared_are_refused(
-    finder: Caller, values: list[float], error: type[Exception]
-) -> None:
+INCOMPARABLE: list[tuple[list[float], type[Exception]]] = [
+    ([1.0, 0.0], SpaceMismatch),
+    ([1.0, 0.0, 0.0, 0.0], SpaceMismatch),
+    ([], SpaceMismatch),
+    ([float("nan"), 0.0, 1.0], InvalidField),
+    ([float("inf"), 0.0, 1.0], InvalidField),
+    ([0.0, 0.0, 0.0], InvalidField),
+    ([-0.0, 1e-9, 1e-38], InvalidField),
+    ([65_505.0, 0.0, 0.0], InvalidField),
+    ([0.0, -70_000.0, 0.0], InvalidField),
+]
+
+
+async def test_vectors_that_cannot_be_compared_are_refused(finder: Caller) -> None:
     """Wrong dimensions, components not finite, all zero or too large: nothing written or found."""
-    with pytest.raises(error):
-        await finder.upsert("d", 1, [vector("good", X), vector("bad", values)])
-    with pytest.raises(error):
-        await finder.search(values)
-    assert await finder.activate("d", 1) == 0
+    for values, error in INCOMPARABLE:
+        with pytest.raises(error):
+            await finder.upsert("d", 1, [vector("good", X), vector("bad", values)])
+        with pytest.raises(error):
+            await finder.search(values)
+        assert await finder.activate("d", 1) == 0
 
 
 async def test_the_largest_components_are_kept(finder: Caller) -> None:
@@ -231,42 +229,42 @@ async def test_the_largest_components_are_kept(finder: Caller) -> None:
     assert (await finder.search([1.0, -1.0, 1.0]))[0].score == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"collection": ""},
-        {"collection": "c" * 129},
-        {"collection": "a\0"},
-        {"document_id": ""},
-        {"document_id": "d" * 257},
-        {"document_id": "a\nb"},
-        {"revision": 0},
-        {"revision": -1},
-        {"vectors": [vector("", X)]},
-        {"vectors": [vector("i" * 129, X)]},
-        {"vectors": [vector("a\0", X)]},
-        {"vectors": [vector("a", X), vector("a", Y)]},
-        {"vectors": [vpb.Vector(id="a", values=X, text_sha256=b"short")]},
-        {"vectors": [vpb.Vector(id="a", values=X, text_sha256=bytes(32), metadata={"": "x"})]},
-        {"vectors": [vpb.Vector(id="a", values=X, text_sha256=bytes(32), metadata={"k": "\0"})]},
-        {"vectors": [vector(str(n), X) for n in range(2_049)]},
-    ],
-)
-async def test_bad_upserts_are_refused(finder: Caller, change: dict[str, Any]) -> None:
+BAD_UPSERTS: list[dict[str, Any]] = [
+    {"collection": ""},
+    {"collection": "c" * 129},
+    {"collection": "a\0"},
+    {"document_id": ""},
+    {"document_id": "d" * 257},
+    {"document_id": "a\nb"},
+    {"revision": 0},
+    {"revision": -1},
+    {"vectors": [vector("", X)]},
+    {"vectors": [vector("i" * 129, X)]},
+    {"vectors": [vector("a\0", X)]},
+    {"vectors": [vector("a", X), vector("a", Y)]},
+    {"vectors": [vpb.Vector(id="a", values=X, text_sha256=b"short")]},
+    {"vectors": [vpb.Vector(id="a", values=X, text_sha256=bytes(32), metadata={"": "x"})]},
+    {"vectors": [vpb.Vector(id="a", values=X, text_sha256=bytes(32), metadata={"k": "\0"})]},
+    {"vectors": [vector(str(n), X) for n in range(2_049)]},
+]
+
+
+async def test_bad_upserts_are_refused(finder: Caller) -> None:
     """Each fault of an upsert gets InvalidField naming its field, and nothing is written."""
-    request = {
-        "space_id": "s",
-        "collection": "c",
-        "document_id": "d",
-        "revision": 1,
-        "vectors": [vector("a", X)],
-    }
-    with pytest.raises(InvalidField) as refused:
-        await finder.ask(
-            finder.vectors.UpsertVectors, vpb.UpsertVectorsRequest(**{**request, **change})
-        )
-    assert refused.value.violations[0].subject.startswith(next(iter(change)))
-    assert await finder.activate("d", 1) == 0
+    for change in BAD_UPSERTS:
+        request = {
+            "space_id": "s",
+            "collection": "c",
+            "document_id": "d",
+            "revision": 1,
+            "vectors": [vector("a", X)],
+        }
+        with pytest.raises(InvalidField) as refused:
+            await finder.ask(
+                finder.vectors.UpsertVectors, vpb.UpsertVectorsRequest(**{**request, **change})
+            )
+        assert refused.value.violations[0].subject.startswith(next(iter(change)))
+        assert await finder.activate("d", 1) == 0
 
 
 async def test_bad_searches_activations_and_deletions_are_refused(finder: Caller) -> None:
