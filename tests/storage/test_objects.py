@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
+from uuid import uuid4
 
 import asyncpg
 import pytest
@@ -27,10 +28,12 @@ from chassis.errors import (
     TollgateError,
     Unauthenticated,
 )
+from chassis.postgres import migrate
 from chassis.server import Daemon
 from chassis.settings import MeshSettings
 from services.storage.core import new_key
 from services.storage.main import OBJECTS, Settings, wire
+from services.storage.store import ROOM
 from tests.storage.storage_caller import Caller, calling_as, vector
 
 MIB = 1 << 20
@@ -601,6 +604,41 @@ async def test_storage_works_through_a_transaction_pooler(mesh: MeshSettings) ->
                 await acme.upsert("d", revision, [vector("a", [1.0, 0.0, 0.0])])
             await acme.activate("d", 2)
             assert [hit.revision for hit in await acme.search([1.0, 1.0, 0.0])] == [2]
+
+
+async def test_an_ordinary_owner_of_the_database_is_enough(
+    mesh: MeshSettings, database_url: str
+) -> None:
+    """Where a superuser made the extension, tables of an owner who is none serve all the same."""
+    login, parts = f"owner_{uuid4().hex[:12]}", urlsplit(database_url)
+    url = urlunsplit(parts._replace(netloc=f"{login}:secret@{parts.hostname}:{parts.port}"))
+    connection = await asyncpg.connect(database_url)
+    try:
+        await migrate(database_url, room=ROOM, directory=mesh.state_dir)  # Makes the role.
+        await connection.execute("DROP SCHEMA storage CASCADE")
+        await connection.execute("CREATE EXTENSION vector SCHEMA public")
+        await connection.execute(f"CREATE ROLE {login} LOGIN PASSWORD 'secret'")
+        await connection.execute(f"GRANT tollgate_storage TO {login}")
+        await connection.execute(f"ALTER DATABASE {parts.path[1:]} OWNER TO {login}")
+        mesh = mesh.model_copy(update={"database_url": SecretStr(url)})
+        async with wire(mesh, Settings(listen="127.0.0.1:0")) as daemon:
+            async with calling_as(daemon.address, mesh) as acme:
+                await acme.bucket()
+                await acme.put("a", b"x")
+                with pytest.raises(NotFound):
+                    await acme.put("a", b"x", bucket="none")
+                request = pb.DeleteBucketRequest(bucket="docs")
+                with pytest.raises(Conflict):
+                    await acme.ask(acme.objects.DeleteBucket, request)
+                await acme.space()
+                await acme.upsert("d", 1, [vector("a", [1.0, 0.0, 0.0])])
+                await acme.activate("d", 1)
+                assert [hit.id for hit in await acme.search([1.0, 1.0, 0.0])] == ["a"]
+    finally:
+        await connection.execute(f"REASSIGN OWNED BY {login} TO CURRENT_USER")
+        await connection.execute(f"DROP OWNED BY {login}")
+        await connection.execute(f"DROP ROLE {login}")
+        await connection.close()
 
 
 async def test_a_disk_that_refuses_is_unavailable_and_names_no_path(
