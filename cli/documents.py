@@ -30,6 +30,7 @@ documents = group("The documents of a tenant: where each stands.")
 app.add_typer(documents, name="documents")
 
 _BARS_MAX = 14
+_WIDE = 100
 _COLOURS = {"ready": "green", "failed": "red", "deferred": "yellow"}
 
 Collection = Annotated[str, typer.Option(help="The collection; `default` when absent.")]
@@ -104,10 +105,10 @@ async def followed(
 def _progress(terminal: Terminal, files: Sequence[Added]) -> Progress:
     # The names get what the rest leaves: bar, percent, stage, time.
     longest = max(len(file.path.name) for file in files)
-    names = max(12, min(longest, terminal.console.width - 64, 40))
+    names = max(12, min(longest, terminal.width - 64, 40))
     return Progress(
         TextColumn(f"{{task.fields[file]:<{names}.{names}}}", style="bold"),
-        BarColumn(bar_width=14 if terminal.console.width < 100 else 24),
+        BarColumn(bar_width=14 if terminal.width < 100 else 24),
         TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[stage]:<32.32}"),
         TimeElapsedColumn(),
@@ -257,15 +258,18 @@ async def show(
             _state(d),
             f"{d.progress.pages_total:,}",
             f"{d.progress.chunks_total:,}",
-            size(d.size_bytes),
             usd(d.charged_nanos_usd),
+            size(d.size_bytes),
             local_time(d.create_time),
         ]
         for d in found.documents
     ]
-    columns = ("document", "collection", "state", ">pages", ">chunks", ">size", ">charged")
+    columns = ["document", "collection", "=state", ">pages", ">chunks", ">charged"]
+    if session.terminal.width >= _WIDE:
+        columns += [">size", "=added"]
+    shown = [row[: len(columns)] for row in rows]
     session.terminal.show(
-        table(*columns, "~added", rows=rows) if rows else "no documents: `tollgate add FILES…`"
+        table(*columns, rows=shown) if rows else "no documents: `tollgate add FILES…` adds some"
     )
 
 
@@ -405,6 +409,14 @@ def tell_hit(terminal: Terminal, hit: pb.SearchHit, number: int, *, lines: int =
     )
     if hit.headings:
         terminal.show(Padding(Text(" > ".join(hit.headings), style="italic"), (0, 0, 0, 3)))
-    words = Text(" ".join(hit.text.split()))
-    words.truncate(max(60, (terminal.console.width - 4) * lines), overflow="ellipsis")
+    words = Text(" ".join(_without_headings(hit).split()))
+    words.truncate((terminal.width - 4) * lines, overflow="ellipsis")
     terminal.show(Padding(words, (0, 0, 1, 3)))
+
+
+def _without_headings(hit: pb.SearchHit) -> str:
+    """The words of a hit below the headings that it stands under, which are told apart."""
+    lines = hit.text.strip().splitlines()
+    while lines and (not lines[0].strip() or lines[0].lstrip("# ").strip() in hit.headings):
+        lines.pop(0)
+    return "\n".join(lines) or hit.text

@@ -74,8 +74,8 @@ async def backends(
         ]
         for b in found.backends
     ]
-    columns = ("service", "provider", "kind", "health", "address")
-    numbers = (">in flight", ">calls", ">failed", ">median")
+    columns = ("=service", "~provider", "=kind", "=health", "=address")
+    numbers = (">now", ">calls", ">failed", ">median")
     session.terminal.show(table(*columns, *numbers, rows=rows) if rows else "no backends")
 
 
@@ -174,7 +174,9 @@ async def _providers(session: Session) -> dict[str, list[str]]:
                 stub.ListBackends, router_pb2.ListBackendsRequest(), timeout_s=5
             )
         for backend in answer.backends:
-            found.setdefault(backend.service, []).append(backend.provider)
+            of_room = found.setdefault(backend.service, [])
+            if backend.provider not in of_room:
+                of_room.append(backend.provider)
     except (Unreachable, TollgateError):
         pass
     return found

@@ -33,7 +33,8 @@ limits = group("What may be spent: budgets, quotas and rate limits.")
 app.add_typer(limits, name="limits")
 
 PAGE = 1_000
-_BAR_CELLS = 20
+_WIDE = 110
+_BAR_CELLS = 10
 _DIMENSIONS = ("tenant", "project", "service", "provider", "model", "simulated")
 
 
@@ -97,6 +98,8 @@ class State(StrEnum):
 
 # --- limits ----------------------------------------------------------------------------------
 
+_LIMIT_COLUMNS = ("=limit", "applies to", "~counter", ">used", ">of", "=", "=window")
+
 LimitId = Annotated[str, typer.Argument(metavar="ID", help="The limit's id.")]
 MaxUsd = Annotated[
     str | None, typer.Option(metavar="USD", help="The maximum of a limit on cost, such as 20.")
@@ -135,16 +138,17 @@ async def list_limits(session: Session) -> None:
             if not token:
                 break
     session.terminal.answer(found)
-    rows = [row for limit in found.limits for row in _limit_rows(limit, found.consumption)]
+    wide = session.terminal.width >= _WIDE
+    rows = [r for lim in found.limits for r in _limit_rows(lim, found.consumption, wide=wide)]
     session.terminal.show(
-        table("limit", "applies to", "~counter", ">used", ">of", "", "window", rows=rows)
+        table(*_LIMIT_COLUMNS, rows=rows)
         if rows
         else "no limits: `tollgate limits add ID --max-usd 20 --window day` makes one"
     )
 
 
 def _limit_rows(
-    limit: limit_pb2.Limit, consumption: Iterable[limit_pb2.LimitConsumption]
+    limit: limit_pb2.Limit, consumption: Iterable[limit_pb2.LimitConsumption], *, wide: bool
 ) -> list[list[Any]]:
     maximum = amount(limit.maximum, limit.metric)
     window = lower(limit_pb2.Window.Name(limit.window), "WINDOW_")
@@ -159,7 +163,7 @@ def _limit_rows(
         first = number == 0
         used = amount(c.held + c.settled, limit.metric)
         bar = consumption_bar(c.settled, c.held, limit.maximum)
-        until = _until(c.window_end_time)
+        until = _until(c.window_end_time) if wide else ""
         rows.append(
             [
                 limit.id if first else "",
@@ -183,6 +187,8 @@ def _scope(scope: limit_pb2.LimitScope) -> str:
     words = []
     for name in _DIMENSIONS:
         dimension: limit_pb2.Dimension = getattr(scope, name)
+        if (name, dimension.value) == ("simulated", "false"):
+            continue  # Genuine calls only, as everybody takes for granted.
         if dimension.match == limit_pb2.MATCH_EACH:
             words.append(f"each {name}")
         elif dimension.match == limit_pb2.MATCH_EXACT:
@@ -198,7 +204,7 @@ def amount(value: int, metric: limit_pb2.Metric.ValueType) -> str:
 
 
 def consumption_bar(settled: int, held: int, maximum: int) -> Text:
-    """What is charged (full), held (shaded) and free (dotted) of a maximum, in twenty cells."""
+    """What is charged (full), held (shaded) and free (dotted) of a maximum, in ten cells."""
     whole = max(1, maximum)
     charged = min(_BAR_CELLS, -(-settled * _BAR_CELLS // whole)) if settled > 0 else 0
     both = min(_BAR_CELLS, -(-(settled + held) * _BAR_CELLS // whole)) if settled + held > 0 else 0
@@ -219,10 +225,8 @@ async def show_limit(session: Session, limit_id: LimitId) -> None:
         stub = limit_pb2_grpc.LimitServiceStub(ledger.channel)
         found = await ledger.unary(stub.GetLimit, limit_pb2.GetLimitRequest(limit_id=limit_id))
     session.terminal.answer(found)
-    rows = _limit_rows(found.limit, found.consumption)
-    session.terminal.show(
-        table("limit", "applies to", "~counter", ">used", ">of", "", "window", rows=rows)
-    )
+    rows = _limit_rows(found.limit, found.consumption, wide=session.terminal.width >= _WIDE)
+    session.terminal.show(table(*_LIMIT_COLUMNS, rows=rows))
 
 
 @command(limits, "add")
@@ -407,7 +411,10 @@ async def prices(
         ]
         for p, price in zip(found.prices, amounts, strict=True)
     ]
-    columns = ("provider", "model", "operation", ">USD a million", "unit", "since", "~source")
+    columns = ["=provider", "model", "=operation", ">USD a million", "=unit", "=since", "~source"]
+    if session.terminal.width < _WIDE:
+        # Where a price is from is the longest and the least; --json has it.
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     session.terminal.show(table(*columns, rows=rows) if rows else "no prices")
 
 
@@ -458,10 +465,13 @@ async def usage(
                 break
             request.page_token = page.next_page_token
     session.terminal.answer(found)
-    session.terminal.show(_usage_table(found, groups, is_cut=bucket is not None))
+    wide = session.terminal.width >= _WIDE
+    session.terminal.show(_usage_table(found, groups, is_cut=bucket is not None, wide=wide))
 
 
-def _usage_table(found: usage_pb2.QueryUsageResponse, groups: list[By], *, is_cut: bool) -> Any:
+def _usage_table(
+    found: usage_pb2.QueryUsageResponse, groups: list[By], *, is_cut: bool, wide: bool
+) -> Any:
     if not found.rows:
         return "nothing was used"
     charged = usd_column([row.charged_nanos_usd for row in found.rows])
@@ -472,8 +482,15 @@ def _usage_table(found: usage_pb2.QueryUsageResponse, groups: list[By], *, is_cu
         when = [local_time(row.bucket_time)[:16]] if is_cut else []
         rows.append([*when, *(_dimension_of(row, g) for g in groups), *units(row.usage), money])
         rows[-1].insert(-1, f"{row.charges:,}")
-    columns = [*(["from"] if is_cut else []), *(g.value for g in groups)]
-    made = table(*columns, ">tokens", ">pages", ">bytes", ">calls", ">charged", rows=rows)
+    kinds = {By.MODEL: "~", By.OPERATION: "="}
+    columns = [*(["=from"] if is_cut else []), *(kinds.get(g, "=") + g.value for g in groups)]
+    columns += [">tokens", ">pages", ">bytes", ">calls", ">charged"]
+    if not wide:
+        # Money, tokens and pages tell more than bytes do; --json has all of it.
+        del columns[-3]
+        for cells in rows:
+            del cells[-3]
+    made = table(*columns, rows=rows)
     made.show_footer = True
     made.columns[-1].footer = usd(total)
     made.columns[0].footer = "total"
@@ -527,7 +544,11 @@ async def holds(
             if len(found.holds) >= limit:
                 break
     session.terminal.answer(found)
-    session.terminal.show(hold_table(found.holds) if found.holds else "no holds")
+    session.terminal.show(
+        hold_table(found.holds, with_time=session.terminal.width >= _WIDE)
+        if found.holds
+        else "no holds"
+    )
 
 
 async def each_hold(
@@ -566,8 +587,8 @@ def hold_table(found: Iterable[cost_pb2.Hold], *, with_time: bool = True) -> Any
                 hold_state(hold),
             ]
         )
-    columns = ("step", "~provider", ">used", ">held", ">charged", "state")
-    return table(*(["at"] if with_time else []), *columns, rows=rows)
+    columns = ("=step", "~provider", ">used", ">held", ">charged", "=state")
+    return table(*(["=at"] if with_time else []), *columns, rows=rows)
 
 
 def provider_of(hold: cost_pb2.Hold) -> str:
@@ -579,10 +600,11 @@ def provider_of(hold: cost_pb2.Hold) -> str:
 def used(hold: cost_pb2.Hold) -> str:
     """What a hold's call used, or may use while it is open: `412 tokens`."""
     usage_ = hold.usage if hold.state == cost_pb2.HOLD_STATE_SETTLED else hold.bound
-    names = ("tokens", "pages", "bytes", "requests")
-    parts = [f"{value:,} {name}" for name in names if (value := getattr(usage_, name))]
-    # Every call is a request; that is said only where there is nothing else to say.
-    return ", ".join(parts[:-1] if len(parts) > 1 and usage_.requests else parts)
+    # In the order in which they tell; every call is a request and moves some bytes.
+    for name in ("tokens", "pages", "bytes", "requests"):
+        if value := getattr(usage_, name):
+            return f"{value:,} {name if value != 1 else name[:-1]}"
+    return ""
 
 
 def hold_state(hold: cost_pb2.Hold) -> str:

@@ -17,6 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -48,6 +49,11 @@ class Terminal:
         if not self.as_json:
             self.console.print(renderable)
 
+    @property
+    def width(self) -> int:
+        """How many columns there are."""
+        return self.console.width
+
     def json(self, value: Any, *, in_one_line: bool = False) -> None:
         """The answer for programs; does nothing for people."""
         if self.as_json:
@@ -77,22 +83,31 @@ def as_dict(message: Message) -> dict[str, Any]:
     )
 
 
-def table(*columns: str, rows: Iterable[Sequence[Any]] = (), title: str = "") -> Table:
-    """A plain table. A column whose name begins with `>` is set flush right.
+def table(*columns: str, rows: Iterable[Sequence[Any]] = ()) -> Table:
+    """A plain table, each column as wide as its widest cell where there is room.
 
-    One whose name begins with `~` may be cut with an ellipsis; all others keep their words whole.
+    Where there is none, a column whose name begins with `~` is cut with an ellipsis and the others
+    fold; one that begins with `>` is set flush right and does neither, nor does one with `=`.
     """
-    made = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
-    for name in columns:
-        cut = name.startswith("~")
+    listed = [[cell if isinstance(cell, Text) else Text(str(cell)) for cell in r] for r in rows]
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for place, name in enumerate(columns):
+        header, is_cut = name.lstrip(">~="), name.startswith("~")
+        is_whole = name.startswith((">", "="))
+        widest = max((row[place].cell_len for row in listed), default=0)
         made.add_column(
-            name.lstrip(">~"),
+            header,
             justify="right" if name.startswith(">") else "left",
-            overflow="ellipsis" if cut else "fold",
-            no_wrap=cut or name.startswith(">"),
+            overflow="ellipsis" if is_cut else "fold",
+            no_wrap=is_whole,
+            min_width=max(len(header), widest) if is_whole else None,
         )
-    for row in rows:
-        made.add_row(*(cell if hasattr(cell, "__rich_console__") else str(cell) for cell in row))
+    for row in listed:
+        for name, cell in zip(columns, row, strict=True):
+            if name.startswith("~"):
+                # Of the cell and not of the column: rich takes room only from those that may wrap.
+                cell.no_wrap = True
+        made.add_row(*row)
     return made
 
 

@@ -24,7 +24,7 @@ _COLOURS = {
     "storage": "blue",
     "corpus": "red",
 }
-_ROWS_MAX = 60
+_ROWS_MAX = 120
 
 
 @command(app)
@@ -52,7 +52,7 @@ def trace(
             hint="traces come a second after the call; with TOLLGATE_OTLP_ENDPOINT they go there",
         )
     session.terminal.json(as_json(found))
-    session.terminal.show(drawing(found, session.terminal.console.width, every=every))
+    session.terminal.show(drawing(found, session.terminal.width, every=every))
 
 
 def as_json(spans: list[Span]) -> list[dict[str, Any]]:

@@ -139,7 +139,7 @@ def _tell_where(mesh: MeshSettings, terminal: Terminal) -> None:
     program = "tollgate" if shutil.which("tollgate") else _beside("tollgate")
     for words, what in (
         (f"add {_SAMPLES}", "add the sample documents"),
-        ('search "too windy to unload?"', "find a passage by its meaning"),
+        ('search "too windy to lift?"', "find a passage by its meaning"),
         ("usage", "what was used and charged"),
         ("limits", "what may be spent"),
         ("trace", "the newest request, everywhere"),

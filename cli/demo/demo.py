@@ -53,8 +53,8 @@ class Question:
 
 # None of the words that matter in these is in the passage that answers them.
 QUESTIONS = (
-    Question("Is it too windy to unload the ship?", "harbour-handbook.pdf", 4),
-    Question("My puppy chewed through the wire. Will you fix it?", "warranty.md", 1),
+    Question("When is it too windy to lift containers?", "harbour-handbook.pdf", 4),
+    Question("I am stuck in a swamp. How do I escape?", "field-guide.html", 1),
 )
 
 
@@ -260,7 +260,7 @@ class Show:
         spans = await self._whole_trace(subject.document.request_id)
         self.told["trace"] = tracing.as_json(spans)
         if spans:
-            self._terminal.show(tracing.drawing(spans, self._terminal.console.width))
+            self._terminal.show(tracing.drawing(spans, self._terminal.width))
 
     async def _whole_trace(self, request_id: str) -> list[Span]:
         """The spans of a request, once every daemon has written its own."""

@@ -108,6 +108,11 @@ def handbook() -> bytes:
     first, *others = TEXT.read_text(encoding="ascii").split("\n# ")[1:]
     title = TEXT.read_text(encoding="ascii").split("\n")[0]
     sheets = [f"{title}\n\n# {first}", *(f"# {other}" for other in others)]
+    return pdf(sheets, "Saltmere Harbour: handbook")
+
+
+def pdf(sheets: list[str], title: str) -> bytes:
+    """A file of one page a sheet of ASCII text; `=` and `#` begin headings, `|` rows of tables."""
     pages = [_page(sheet, number) for number, sheet in enumerate(sheets, start=1)]
     kids = " ".join(f"{5 + 2 * index} 0 R" for index in range(len(pages)))
     fonts = "/Font << /F1 3 0 R /F2 4 0 R >>"
@@ -122,7 +127,7 @@ def handbook() -> bytes:
         contents = f"/Contents {6 + 2 * index} 0 R"
         objects.append(f"<< /Type /Page /Parent 2 0 R {box} {contents} >>".encode())
         objects.append(b"<< /Length %d >>\nstream\n%s\nendstream" % (len(content), content))
-    objects.append(b"<< /Title (Saltmere Harbour: handbook) /Author (Tollgate) >>")
+    objects.append(f"<< /Title ({title}) /Author (Tollgate) >>".encode("ascii"))
     return _file(objects)
 
 
