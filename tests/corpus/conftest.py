@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from tempfile import TemporaryDirectory
 
 import asyncpg
 import pytest
@@ -14,6 +16,11 @@ from chassis.settings import MeshSettings
 from services.corpus.core import Changes
 from services.corpus.jobs import JobQueue, install
 from services.corpus.store import MIGRATIONS, ROLE, ROOM, Store, prepare
+from services.cost import main as cost
+from services.embedder import main as embedder
+from services.parser import main as parser
+from services.router import main as router
+from services.storage import main as storage
 
 
 @pytest_asyncio.fixture
@@ -45,3 +52,18 @@ def cut_all(database_url: str) -> Callable[[], Awaitable[None]]:
             await connection.close()
 
     return cut
+
+
+@pytest_asyncio.fixture
+async def whole_mesh(mesh: MeshSettings) -> AsyncIterator[MeshSettings]:
+    """Every room but the corpus, served by this process on unix sockets; the corpus has its own."""
+    with TemporaryDirectory(prefix="tg-") as directory:
+        rooms = ("router", "cost", "parser", "embedder", "storage", "corpus")
+        at = {room: f"unix:{directory}/{room}" for room in rooms}
+        placed = mesh.model_copy(update={f"{room}_address": at[room] for room in rooms})
+        async with AsyncExitStack() as stack:
+            for room in (cost, storage, embedder, parser, router):
+                name = room.__name__.split(".")[1]
+                settings = room.Settings(listen=at[name])
+                await stack.enter_async_context(room.wire(placed, settings))
+            yield placed
