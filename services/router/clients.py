@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -46,6 +46,9 @@ _ROUTER = Call(tenant="tollgate", request_id="router")
 # A batch belongs to no trace: each of its items names its own.
 _NO_TRACE = f"00-{token_hex(16)}-{token_hex(8)}-00"
 
+# Settling is on nobody's path: a breath between two batches makes them fewer and larger.
+_SETTLE_BREATH_S = 0.02
+
 _BATCH_MAX = 500
 _LEDGER_TIMEOUT_S = 10.0
 
@@ -79,6 +82,7 @@ class LedgerPeer:
         self._peer = Peer(address, mesh)
         self._stub = cost_pb2_grpc.CostServiceStub(self._peer.channel)
         self._settle_for_s = settle_for_s
+        self._closing = False
         sizes = telemetry.meter().create_histogram(
             "tollgate.router.ledger_batch_size", unit="{item}", description="Items of a batch."
         )
@@ -123,6 +127,7 @@ class LedgerPeer:
 
     async def close(self, timeout_s: float) -> None:
         """Send what is pending, for so long at the most, then disconnect."""
+        self._closing = True
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._asking.close()
@@ -175,6 +180,8 @@ class LedgerPeer:
                         raise LedgerUnavailable("some holds could not be settled yet")
         except TollgateError:
             self._give_up(left)
+        if not self._closing:
+            await asyncio.sleep(_SETTLE_BREATH_S)
         return [None] * len(batch)
 
     async def _ended(self, batch: list[_Ending]) -> list[_Ending]:
@@ -302,7 +309,7 @@ def _refusal(refusal: pb.Refusal) -> Refusal:
 
 # --- the backends ----------------------------------------------------------------------------
 
-_BACKOFF_S, _BACKOFF_MAX_S = 0.1, 2.0
+_BACKOFF_S, _BACKOFF_MAX_S = 0.1, 1.0
 _MODELS_TIMEOUT_S = 5.0
 
 _HEALTH = {
@@ -314,7 +321,13 @@ _HEALTH = {
 class BackendPeers:
     """The backends on the wire: one connection an address, one multicallable an operation."""
 
-    def __init__(self, backends: Sequence[Backend], mesh: MeshSettings) -> None:
+    def __init__(
+        self,
+        backends: Sequence[Backend],
+        mesh: MeshSettings,
+        on_change: Callable[[Backend], None] = lambda _: None,
+    ) -> None:
+        self._on_change = on_change
         self._peers = {
             address: Peer(address, mesh)
             for address in {backend.route.address for backend in backends}
@@ -402,7 +415,8 @@ class BackendPeers:
                     }
                 },
             )
-        backend.health = health
+            backend.health = health
+            self._on_change(backend)
 
     async def _models(self, backend: Backend) -> dict[str, Model]:
         """The backend's models, from itself. Raises TollgateError."""

@@ -141,7 +141,22 @@ async def wire(mesh: MeshSettings, settings: Settings) -> AsyncIterator[Daemon]:
     if settings.authentication is Authentication.KEYS:
         keys = KeyFile(settings.keys_file or default_path(mesh.state_dir))
     modes = StandingModes(mesh, settings.modes())
-    peers = BackendPeers(backends, mesh)
+    daemon = Daemon(
+        "router",
+        mesh,
+        listen=settings.listen,
+        authenticate=authenticator(mesh.secret, keys),
+    )
+
+    def tell(changed: Backend) -> None:
+        """A fronted service serves for as long as one of its backends does."""
+        service = changed.route.grpc_service
+        able = any(
+            b.health is Health.SERVING for b in backends if b.route.grpc_service == service
+        )
+        finish(daemon.set_health(service, serving=able))
+
+    peers = BackendPeers(backends, mesh, tell)
     ledger = LedgerPeer(
         mesh.cost_address,
         mesh,
@@ -157,18 +172,13 @@ async def wire(mesh: MeshSettings, settings: Settings) -> AsyncIterator[Daemon]:
         GateMeters(),
         mesh.secret,
     )
-    daemon = Daemon(
-        "router",
-        mesh,
-        listen=settings.listen,
-        authenticate=authenticator(mesh.secret, keys),
-    )
     router_pb2_grpc.add_RouterServiceServicer_to_server(
         RouterService(backends, modes), daemon.server
     )
     daemon.server.add_generic_rpc_handlers(handlers(gate, metered()))
-    for name in (SERVICE, *_ROOM_OF):
-        daemon.serves(name)
+    daemon.serves(SERVICE)
+    for name in _ROOM_OF:
+        daemon.serves(name, serving=False)
     try:
         async with modes.kept():
             peers.watch()
@@ -184,6 +194,7 @@ class GateMeters:
 
     def __init__(self) -> None:
         meter = telemetry.meter()
+        self._attributes: dict[tuple[str, str, str], dict[str, str]] = {}
         self._attempts = meter.create_counter(
             "tollgate.router.attempts",
             unit="{attempt}",
@@ -197,14 +208,12 @@ class GateMeters:
 
     def attempted(self, backend: Backend, outcome: str) -> None:
         """One attempt ended so."""
-        self._attempts.add(
-            1,
-            {
-                "tollgate.service": backend.route.service,
-                "tollgate.provider": backend.provider,
-                "tollgate.outcome": outcome,
-            },
-        )
+        key = (backend.route.service, backend.provider, outcome)
+        attributes = self._attributes.get(key)
+        if attributes is None:
+            names = ("tollgate.service", "tollgate.provider", "tollgate.outcome")
+            attributes = self._attributes[key] = dict(zip(names, key, strict=True))
+        self._attempts.add(1, attributes)
 
     def fell_back(self, service: str) -> None:
         """A call was answered by another backend than the first asked."""

@@ -64,6 +64,12 @@ class Fickle(embedder_pb2_grpc.EmbedderServiceServicer):
         say(context, requests=1)
         return embedder_pb2.ListModelsResponse(models=[model])
 
+    async def CountTokens(
+        self, request: embedder_pb2.CountTokensRequest, context: Context
+    ) -> embedder_pb2.CountTokensResponse:
+        say(context, requests=1)
+        return embedder_pb2.CountTokensResponse(tokens=[1 for _ in request.inputs])
+
 
 def say(context: Context, provider: str = "fickle", **used: int) -> None:
     """Stamp an answer as an honest backend does."""
@@ -192,7 +198,7 @@ class Standing:
     ) -> Answered:
         """One unary call through the gate, as the tenant `acme` unless told."""
         data = request if isinstance(request, bytes) else request.SerializeToString()
-        call = self.channel.unary_unary(f"/{operation}", None, answer.FromString)
+        call: Any = self.channel.unary_unary(f"/{operation}", None, answer.FromString)
         pairs = ((TENANT, "acme"), *metadata)
         return await answered(call(data, metadata=pairs, timeout=timeout))
 

@@ -372,7 +372,7 @@ async def test_a_deadline_is_passed_on(standing: Standing) -> None:
 
 async def test_an_unserved_method_is_unimplemented(standing: Standing) -> None:
     """A method without a meter is not served, and no hold is made for it."""
-    call = standing.channel.unary_unary("/tollgate.embedder.v1.EmbedderService/Train")
+    call: Any = standing.channel.unary_unary("/tollgate.embedder.v1.EmbedderService/Train")
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await call(b"", metadata=((TENANT, "acme"),))
     assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
-from uuid import UUID
+from uuid import RFC_4122, UUID, uuid5
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chassis.errors import BudgetExhausted, RateLimited
 from services.router.core.holds import (
+    _NAMESPACE,
     PriceLine,
     Refusal,
     Units,
@@ -34,7 +35,9 @@ _lines = st.lists(
 def test_each_attempt_has_one_id(one: tuple[str, ...], other: tuple[str, ...]) -> None:
     """The same tenant, call, provider and attempt have the same UUIDv5; others have others."""
     assert (hold_id(*one) == hold_id(*other)) == (one == other)  # type: ignore[arg-type]  # splat
-    assert UUID(hold_id(*one)).version == 5  # type: ignore[arg-type]  # splat
+    found = UUID(hold_id(*one))  # type: ignore[arg-type]  # splat
+    assert (found.version, found.variant) == (5, RFC_4122)
+    assert found == uuid5(_NAMESPACE, "\n".join(map(str, one)))
 
 
 @given(_units, _lines)

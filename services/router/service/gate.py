@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
+from secrets import token_hex
 from typing import Any, Protocol, TypeVar
-from uuid import uuid4
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -70,6 +71,19 @@ _BACKEND_FAULTS = frozenset(
 )
 
 
+class Pairs(grpc.aio.Metadata):
+    """Metadata to send, as it is: gRPC's own class sorts every pair into lists first."""
+
+    def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self._pairs)
+
+
 class Lines(Protocol):
     """The backends on the wire: one call of raw bytes each, by kind."""
 
@@ -119,6 +133,7 @@ class Passage:
     call_id: str
     ends: float | None
     """By when it must end, on the monotonic clock; None where it may take its own time."""
+    traceparent: str
     span: Span | None
     """The span of the call, where it is recorded."""
     hold: Hold | None = None
@@ -177,6 +192,8 @@ class Gate:
             self._by_service.setdefault(backend.route.grpc_service, []).append(backend)
         self._lines, self._ledger, self._modes = lines, ledger, modes
         self._rules, self._meters, self._secret = rules, meters, secret
+        # Ids of calls that come without one: unguessable, so that no caller can name them.
+        self._own_calls, self._numbers = f"{token_hex(16)}-", count()
 
     # --- the four kinds ------------------------------------------------------------------------
 
@@ -185,9 +202,10 @@ class Gate:
         passage = self._enter(metered, data)
         try:
             body = await self._pass(passage, self._forward_unary)
-            return labelled(body, passage.provenance, passage.receipt())
         finally:
-            _say(context, passage)
+            receipt = passage.receipt()
+            _say(context, passage, receipt)
+        return labelled(body, passage.provenance, receipt)
 
     async def streamed(self, metered: Metered, data: bytes, context: Context) -> None:
         """One request, many answers, each passed on as it comes."""
@@ -210,7 +228,7 @@ class Gate:
         try:
             await self._pass(passage, forward)
         finally:
-            _say(context, passage)
+            _say(context, passage, passage.receipt())
 
     async def upload(
         self, metered: Metered, requests: AsyncIterator[bytes], context: Context
@@ -233,9 +251,10 @@ class Gate:
 
         try:
             body = await self._pass(passage, forward)
-            return labelled(body, passage.provenance, passage.receipt())
         finally:
-            _say(context, passage)
+            receipt = passage.receipt()
+            _say(context, passage, receipt)
+        return labelled(body, passage.provenance, receipt)
 
     async def _send(
         self, passage: Passage, uploading: Any, requests: AsyncIterator[bytes], bytes_max: int
@@ -272,8 +291,9 @@ class Gate:
             call=call,
             metered=metered,
             data=data,
-            call_id=call.call_id or uuid4().hex,
+            call_id=call.call_id or f"{self._own_calls}{next(self._numbers)}",
             ends=None if left_s is None else time.monotonic() + left_s,
+            traceparent=telemetry.traceparent(),
             span=span if span.is_recording() else None,
         )
 
@@ -344,7 +364,7 @@ class Gate:
             bound=bound.units,
             ttl_s=left_s + _SETTLING_S,
             request_id=call.request_id,
-            traceparent=telemetry.traceparent(),
+            traceparent=telemetry.traceparent() if passage.span else passage.traceparent,
             timeout_s=left_s if passage.ends is not None else None,
         )
         with telemetry.span("authorize") if passage.span else nullcontext():
@@ -449,25 +469,24 @@ class Gate:
         units = Units(used.tokens, used.pages, used.bytes, used.requests)
         if origin.provider not in ("", backend.provider) or not in_range(units):
             raise OutcomeUnknown("the answer is not what was asked for")
-        origin.MergeFrom(_provenance(backend, attempts))
-        passage.provenance = origin.SerializeToString()
+        # What the gate knows comes last, so that it wins: a merge of serialized messages.
+        passage.provenance = origin.SerializeToString() + passage.provenance
         return units
 
     # --- words to a backend --------------------------------------------------------------------
 
-    def _metadata(self, passage: Passage, backend: Backend, hold: str) -> Any:
+    def _metadata(self, passage: Passage, backend: Backend, hold: str) -> Pairs:
         call = passage.call
         signed = Call(call.tenant, call.project, call.request_id, hold_id=hold)
+        traceparent = telemetry.traceparent() if passage.span else passage.traceparent
         pairs = [
             (calls.IDENTITY, sign(signed, self._secret)),
             (calls.PROVIDER, backend.provider),
-            (calls.REQUEST_ID, call.request_id),
+            (calls.TRACEPARENT, traceparent),
         ]
-        if traceparent := telemetry.traceparent():
-            pairs.append((calls.TRACEPARENT, traceparent))
         if call.mode and backend.route.service == "corpus":
-            pairs.append((calls.MODE, passage.call.mode))
-        return pairs
+            pairs.append((calls.MODE, call.mode))
+        return Pairs(pairs)
 
     async def _ask(
         self, backend: Backend, method: str, request: Message, answer: type[Asked]
@@ -476,10 +495,13 @@ class Gate:
         call = calls.current()
         left_s = calls.time_left_s()
         line = self._lines.unary(backend, f"{backend.route.grpc_service}/{method}")
-        metadata = (
-            (calls.IDENTITY, sign(Call(call.tenant, call.project, call.request_id), self._secret)),
-            (calls.PROVIDER, backend.provider),
-            (calls.TRACEPARENT, telemetry.traceparent()),
+        identity = sign(Call(call.tenant, call.project, call.request_id), self._secret)
+        metadata = Pairs(
+            [
+                (calls.IDENTITY, identity),
+                (calls.PROVIDER, backend.provider),
+                (calls.TRACEPARENT, telemetry.traceparent()),
+            ]
         )
         timeout_s = _ASK_S if left_s is None else min(_ASK_S, max(left_s - MARGIN_S, 0.0))
         try:
@@ -558,10 +580,10 @@ def _handler(gate: Gate, metered: Metered) -> grpc.RpcMethodHandler[bytes, bytes
     return handler
 
 
-def _say(context: Context, passage: Passage) -> None:
+def _say(context: Context, passage: Passage, receipt: bytes) -> None:
     """Send receipt and provenance in the trailers, of errors too."""
     context.set_trailing_metadata(
-        ((calls.RECEIPT, passage.receipt()), (calls.PROVENANCE, passage.provenance))
+        ((calls.RECEIPT, receipt), (calls.PROVENANCE, passage.provenance))
     )
 
 
