@@ -62,11 +62,14 @@ class Daemon:
         guard = Guard(authenticate or mesh_identity(mesh.secret), mesh.calls_max)
         self.server = grpc.aio.server(interceptors=[Interceptor(guard)], options=_options(mesh))
 
-    def serves(self, service: str, *, providers: Iterable[str] = ()) -> None:
-        """Name a service for health and reflection, and its providers for health."""
+    def serves(self, service: str, *, providers: Iterable[str] = (), serving: bool = True) -> None:
+        """Name a service for health and reflection, and its providers for health.
+
+        `serving` is how they are until `set_health` says otherwise.
+        """
         self._services.append(service)
         for name in (service, *(f"{service}/{provider}" for provider in providers)):
-            self._status[name] = _SERVING
+            self._status[name] = _SERVING if serving else _NOT_SERVING
 
     async def set_health(self, name: str, *, serving: bool) -> None:
         """Say whether a service, or a provider as `service/provider`, can serve."""

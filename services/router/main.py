@@ -13,9 +13,10 @@ from chassis import telemetry
 from chassis.keys import KeyFile, default_path
 from chassis.server import Daemon, launch
 from chassis.settings import Address, MeshSettings, RoomSettings, room_config
+from chassis.tasks import finish
 from services.router.authenticate import Authentication, authenticator, is_loopback
 from services.router.clients import BackendPeers, LedgerPeer
-from services.router.core.routes import MODAL_SERVICES, Backend, Kind, Mode, Route
+from services.router.core.routes import MODAL_SERVICES, Backend, Health, Kind, Mode, Route
 from services.router.modes import StandingModes
 from services.router.service.gate import Gate, Rules, handlers
 from services.router.service.meters import FRONTED, metered
@@ -151,9 +152,7 @@ async def wire(mesh: MeshSettings, settings: Settings) -> AsyncIterator[Daemon]:
     def tell(changed: Backend) -> None:
         """A fronted service serves for as long as one of its backends does."""
         service = changed.route.grpc_service
-        able = any(
-            b.health is Health.SERVING for b in backends if b.route.grpc_service == service
-        )
+        able = any(b.health is Health.SERVING for b in backends if b.route.grpc_service == service)
         finish(daemon.set_health(service, serving=able))
 
     peers = BackendPeers(backends, mesh, tell)
