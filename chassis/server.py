@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from chassis import tasks, telemetry
 from chassis.embedded import EmbeddedPostgresError
-from chassis.interceptors import Authenticate, Guard, Interceptor, mesh_identity
+from chassis.interceptors import Authenticate, Context, Guard, Interceptor, mesh_identity
 from chassis.postgres import MigrationError
 from chassis.settings import MeshSettings, RoomSettings, SettingsError, load
 
@@ -37,6 +37,30 @@ Room = TypeVar("Room", bound=RoomSettings)
 
 class StartError(Exception):
     """A daemon cannot start. The message is one line for people: what is wrong and what to do."""
+
+
+class _Health(HealthServicer):
+    """Health whose watches can be ended: stopping would wait its whole grace for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watches: set[asyncio.Task[None]] = set()
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+        """As the library's, until `end_watches`."""
+        # A task of its own: gRPC gives no status to a call whose own task is cancelled.
+        watch = asyncio.create_task(super().Watch(request, context))
+        self._watches.add(watch)
+        try:
+            await asyncio.wait({watch})
+        finally:
+            watch.cancel()
+            self._watches.discard(watch)
+
+    def end_watches(self) -> None:
+        """End the watches under way; whoever watches was told NOT_SERVING before."""
+        for watch in self._watches:
+            watch.cancel()
 
 
 class Daemon:
@@ -56,7 +80,7 @@ class Daemon:
         self.room = room
         self.address = listen
         self._mesh = mesh
-        self._health = HealthServicer()
+        self._health = _Health()
         self._status: dict[str, int] = {"": _SERVING}
         self._services: list[str] = []
         guard = Guard(authenticate or mesh_identity(mesh.secret), mesh.calls_max)
@@ -93,6 +117,7 @@ class Daemon:
         finally:
             await self._health.enter_graceful_shutdown()
             await asyncio.sleep(self._mesh.drain_s)
+            self._health.end_watches()
             await self.server.stop(self._mesh.grace_s)
             left = await tasks.drain(self._mesh.grace_s)
             log.info("stopped", extra={"fields": {"unfinished": left}})

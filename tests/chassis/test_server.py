@@ -252,3 +252,28 @@ def test_identity_is_signed_and_short_lived() -> None:
             verify(bad, b"secret")
     with pytest.raises(errors.Unauthenticated):
         verify(sign(call, b"secret", lifetime_s=-2), b"secret")
+
+
+async def test_who_watches_its_health_does_not_hold_up_a_daemon(
+    mesh_without_database: MeshSettings,
+) -> None:
+    """A watcher is told NOT_SERVING, then its watch ends, long before the grace is over."""
+    mesh = mesh_without_database.model_copy(update={"grace_s": 600.0})
+    told: list[int] = []
+
+    async def watch(address: str, began: asyncio.Event) -> None:
+        async with grpc.aio.insecure_channel(address) as dialled:
+            request = health_pb2.HealthCheckRequest(service="")
+            async for answer in health_pb2_grpc.HealthStub(dialled).Watch(request):
+                told.append(answer.status)
+                began.set()
+
+    async with asyncio.timeout(20):
+        began = asyncio.Event()
+        daemon = Daemon("embedder", mesh, listen="127.0.0.1:0")
+        async with daemon.serving():
+            watching = asyncio.create_task(watch(daemon.address, began))
+            await began.wait()
+        await watching
+    response = health_pb2.HealthCheckResponse
+    assert told == [response.SERVING, response.NOT_SERVING]
