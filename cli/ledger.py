@@ -98,8 +98,6 @@ class State(StrEnum):
 
 # --- limits ----------------------------------------------------------------------------------
 
-_LIMIT_COLUMNS = ("=limit", "applies to", "~counter", ">used", ">of", "=", "=window")
-
 LimitId = Annotated[str, typer.Argument(metavar="ID", help="The limit's id.")]
 MaxUsd = Annotated[
     str | None, typer.Option(metavar="USD", help="The maximum of a limit on cost, such as 20.")
@@ -141,7 +139,7 @@ async def list_limits(session: Session) -> None:
     wide = session.terminal.width >= _WIDE
     rows = [r for lim in found.limits for r in _limit_rows(lim, found.consumption, wide=wide)]
     session.terminal.show(
-        table(*_LIMIT_COLUMNS, rows=rows)
+        _limit_table(rows, wide=wide)
         if rows
         else "no limits: `tollgate limits add ID --max-usd 20 --window day` makes one"
     )
@@ -176,6 +174,15 @@ def _limit_rows(
             ]
         )
     return rows
+
+
+def _limit_table(rows: list[list[Any]], *, wide: bool) -> Any:
+    columns = ["=limit", "applies to", "~counter", ">used", ">of", "=", "=window"]
+    if not wide:
+        # The counter says it again, but for the limits that have none yet.
+        rows = [[r[0], r[2] or r[1], *r[3:]] for r in rows]
+        columns.pop(1)
+    return table(*columns, rows=rows)
 
 
 def _until(end: Timestamp) -> str:
@@ -226,7 +233,7 @@ async def show_limit(session: Session, limit_id: LimitId) -> None:
         found = await ledger.unary(stub.GetLimit, limit_pb2.GetLimitRequest(limit_id=limit_id))
     session.terminal.answer(found)
     rows = _limit_rows(found.limit, found.consumption, wide=session.terminal.width >= _WIDE)
-    session.terminal.show(table(*_LIMIT_COLUMNS, rows=rows))
+    session.terminal.show(_limit_table(rows, wide=session.terminal.width >= _WIDE))
 
 
 @command(limits, "add")

@@ -24,9 +24,12 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2
+from tollgate.router.v1 import router_pb2, router_pb2_grpc
 
+from chassis.call import IDENTITY, Call
 from chassis.client import channel
 from chassis.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from chassis.identity import sign
 from chassis.settings import MeshSettings
 from cli import logs, ports
 
@@ -36,6 +39,7 @@ _WITHOUT_DATABASE = frozenset({"parser", "embedder"})
 _STOPPED_TOGETHER = (("corpus",), ("router",), ("embedder", "parser", "storage"), ("cost",))
 
 START_TIMEOUT_S = 180.0
+_ROUTED_TIMEOUT_S = 10.0
 _POLL_S = 0.05
 _BACKOFF_S, _BACKOFF_MAX_S = 0.5, 30.0
 _STEADY_S = 60.0
@@ -191,6 +195,7 @@ class Supervisor:
         for room in late:
             await self._spawn(room)
         await _all(*(self._first_start(room) for room in self._rooms.values()))
+        await self._until_routed()
 
     async def _start_database(self) -> None:
         if self.mesh.database_url is not None:
@@ -250,6 +255,22 @@ class Supervisor:
         if not await self._until_serving(room):
             raise UpError(self._why_it_ended(room))
         self.report.progress(room.name, f"serving after {time.monotonic() - room.started:.1f} s")
+
+    async def _until_routed(self) -> None:
+        """Wait until the router has heard of every backend how it is; a while at the most."""
+        deadline = time.monotonic() + _ROUTED_TIMEOUT_S
+        identity = sign(Call(tenant="default"), self.mesh.secret)
+        unknown = {router_pb2.BACKEND_HEALTH_UNSPECIFIED, router_pb2.BACKEND_HEALTH_UNREACHABLE}
+        async with channel(self._rooms["router"].address, self.mesh) as dialled:
+            stub = router_pb2_grpc.RouterServiceStub(dialled)
+            while time.monotonic() < deadline:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    answer = await stub.ListBackends(
+                        router_pb2.ListBackendsRequest(), timeout=5, metadata=[(IDENTITY, identity)]
+                    )
+                    if not any(backend.health in unknown for backend in answer.backends):
+                        return
+                await asyncio.sleep(_POLL_S)
 
     async def _until_serving(self, room: _Room) -> bool:
         """Wait for a daemon. False when it ended instead; raises UpError when it takes too long."""
