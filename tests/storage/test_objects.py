@@ -46,7 +46,7 @@ def _files(mesh: MeshSettings) -> list[Path]:
 
 async def _until_files(mesh: MeshSettings, count: int) -> None:
     async with asyncio.timeout(10):
-        while len(_files(mesh)) != count:  # noqa: ASYNC110  # a directory has no event
+        while len(_files(mesh)) != count:  # a directory has no event
             await asyncio.sleep(0.02)
 
 
