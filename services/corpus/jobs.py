@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import asyncpg
@@ -48,14 +49,19 @@ _TEND_S = 2.0
 _LOG_KEPT = timedelta(days=1)
 
 
-def _queries(connection: Any) -> Queries:
+@cache
+def _builders() -> tuple[QueryBuilderEnvironment, QueryQueueBuilder, QuerySchedulerBuilder]:
+    """What writes the queue's SQL. Made once: reading its settings takes milliseconds."""
     settings = DBSettings(db_schema=SCHEMA, channel=CHANNEL)
-    return Queries(
-        AsyncpgDriver(connection),
+    return (
         QueryBuilderEnvironment(settings),
         QueryQueueBuilder(settings),
         QuerySchedulerBuilder(settings),
     )
+
+
+def _queries(connection: Any) -> Queries:
+    return Queries(AsyncpgDriver(connection), *_builders())
 
 
 async def install(url: str, *, role: str) -> None:

@@ -31,7 +31,10 @@ from services.corpus.core import (
 BUCKET = "corpus"
 """The bucket, of each tenant, for documents that were given inline."""
 
+# How soon a watch sees a change that another process made, and how often it looks all the same
+# while it is this one that works on the document.
 _POLL_S = 0.25
+_POLL_TOLD_S = 1.0
 # How long a watch outlives the database.
 _AWAY_MAX_S = 30.0
 # When whatever a deletion could not reach is looked for again.
@@ -161,7 +164,7 @@ class Library:
         last = await self.get(tenant, collection, document_id)
         yield last
         with self._changes.watch(last.uid) as changed:
-            seen_at = time.monotonic()
+            seen_at, poll_s = time.monotonic(), _POLL_S
             while not last.state.is_final:
                 try:
                     document = await self.get(tenant, collection, document_id)
@@ -174,9 +177,9 @@ class Library:
                     yield document
                     last = document
                 elif not last.state.is_final:
-                    # Another process may have made the change: do not trust in being told.
-                    await _set_within(changed, _POLL_S)
+                    told = await _set_within(changed, poll_s)
                     changed.clear()
+                    poll_s = _POLL_TOLD_S if told else _POLL_S
 
     async def delete(self, tenant: str, collection: str, document_id: str) -> tuple[int, int]:
         """Delete a document. Answers how many chunks and vectors there were. Raises NotFound."""
@@ -205,12 +208,12 @@ class Library:
         return await self._documents.hits(tenant, near)
 
 
-async def _set_within(event: asyncio.Event, timeout_s: float) -> None:
+async def _set_within(event: asyncio.Event, timeout_s: float) -> bool:
     try:
         async with asyncio.timeout(timeout_s):
-            await event.wait()
+            return await event.wait()
     except TimeoutError:
-        return
+        return False
 
 
 def _no_document(document_id: str) -> NotFound:
