@@ -81,7 +81,8 @@ class Added:
         if state == pb.DOCUMENT_STATE_EMBEDDING and progress.chunks_total:
             return f"embedding {progress.chunks_done}/{progress.chunks_total} chunks"
         if state == pb.DOCUMENT_STATE_READY:
-            return f"ready: {progress.pages_total} pages, {progress.chunks_total} chunks"
+            pages = counted(progress.pages_total, "page")
+            return f"ready: {pages}, {counted(progress.chunks_total, 'chunk')}"
         if self.has_failed or state == pb.DOCUMENT_STATE_DEFERRED:
             return f"{self.state}: {self.why[0]}"
         return self.state
@@ -90,6 +91,11 @@ class Added:
         """Take over what the mesh says. What is done never becomes less."""
         self.document = document
         self.percent = max(self.percent, percent_of(document))
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 page`, `6 pages`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 Changed = Callable[[Added], None]

@@ -105,12 +105,12 @@ async def followed(
 def _progress(terminal: Terminal, files: Sequence[Added]) -> Progress:
     # The names get what the rest leaves: bar, percent, stage, time.
     longest = max(len(file.path.name) for file in files)
-    names = max(12, min(longest, terminal.width - 64, 40))
+    names = max(12, min(longest, terminal.width - 58, 40))
     return Progress(
         TextColumn(f"{{task.fields[file]:<{names}.{names}}}", style="bold"),
-        BarColumn(bar_width=14 if terminal.width < 100 else 24),
+        BarColumn(bar_width=10 if terminal.width < 100 else 24),
         TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[stage]:<32.32}"),
+        TextColumn("{task.fields[stage]}"),
         TimeElapsedColumn(),
         console=terminal.console,
     )
@@ -139,7 +139,7 @@ class _Bars:
         self._are_many = len(files) > _BARS_MAX
         if self._are_many:
             label = f"all {len(files)} documents"
-            self._all = progress.add_task("", total=len(files), file=label, stage="")
+            self._all = progress.add_task("", total=len(files), file=label, stage=_padded("", ""))
         else:
             for file in files:
                 self._bar(file, start=False)
@@ -147,7 +147,7 @@ class _Bars:
     def _bar(self, file: Added, *, start: bool = True) -> TaskID:
         if file.document_id not in self._tasks:
             self._tasks[file.document_id] = self._progress.add_task(
-                "", total=100, start=start, file=file.path.name, stage=file.state
+                "", total=100, start=start, file=file.path.name, stage=_padded(file.state, "")
             )
         return self._tasks[file.document_id]
 
@@ -157,15 +157,21 @@ class _Bars:
         task = self._bar(file)
         self._progress.start_task(task)
         colour = _COLOURS.get(file.state, "")
-        stage = f"[{colour}]{escape(file.stage)}[/]" if colour else escape(file.stage)
-        self._progress.update(task, completed=file.percent, stage=Text.from_markup(stage).plain)
+        self._progress.update(task, completed=file.percent, stage=_padded(file.stage, colour))
         if file.state in _COLOURS:
             self._ended.add(file.document_id)
             self._progress.stop_task(task)
             if self._are_many:
-                self._progress.console.print(f"{escape(file.path.name)}: {stage}")
+                stage = _padded(file.stage, colour)
+                self._progress.console.print(f"{escape(file.path.name)}: {stage.rstrip()}")
                 self._progress.remove_task(task)
                 self._progress.update(self._all, advance=1)
+
+
+def _padded(stage: str, colour: str) -> str:
+    """A stage as markup of always the same width, so that nothing moves."""
+    words = escape(f"{stage:<30.30}")
+    return f"[{colour}]{words}[/]" if colour else words
 
 
 def summary(files: Sequence[Added]) -> dict[str, Any]:

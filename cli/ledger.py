@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Any
@@ -26,7 +26,7 @@ from tollgate.cost.v1 import (
 from cli.caller import Caller
 from cli.command import Misused, Session, command, group
 from cli.money import parse_usd, usd, usd_column
-from cli.terminal import as_dict, local_time, lower, table
+from cli.terminal import as_dict, local_time, lower, size, table
 
 app = typer.Typer()
 limits = group("What may be spent: budgets, quotas and rate limits.")
@@ -552,7 +552,7 @@ async def holds(
                 break
     session.terminal.answer(found)
     session.terminal.show(
-        hold_table(found.holds, with_time=session.terminal.width >= _WIDE)
+        hold_table({"": found.holds}, with_time=session.terminal.width >= _WIDE)
         if found.holds
         else "no holds"
     )
@@ -575,27 +575,39 @@ async def each_hold(
         request.page_token = page.next_page_token
 
 
-def hold_table(found: Iterable[cost_pb2.Hold], *, with_time: bool = True) -> Any:
-    """Holds for people: what was asked of whom, the units, what was held and what was charged."""
-    listed = list(found)
-    held = usd_column([hold.held_nanos_usd for hold in listed])
-    charged = usd_column([hold.charged_nanos_usd for hold in listed])
-    rows = []
-    for hold, was_held, was_charged in zip(listed, held, charged, strict=True):
-        open_ = hold.state == cost_pb2.HOLD_STATE_HELD
-        rows.append(
-            [
-                *([local_time(hold.create_time)[5:]] if with_time else []),
-                f"{hold.scope.service} {_operation(hold.operation)}",
-                provider_of(hold),
-                used(hold),
-                was_held,
-                "" if open_ else was_charged,
-                hold_state(hold),
-            ]
-        )
+def hold_table(groups: Mapping[str, Sequence[cost_pb2.Hold]], *, with_time: bool) -> Any:
+    """Holds for people: what was asked of whom, the units, what was held and what was charged.
+
+    Each group stands under its title, where it has one.
+    """
+    listed = [hold for holds_ in groups.values() for hold in holds_]
+    held = iter(_amounts([hold.held_nanos_usd for hold in listed]))
+    charged = iter(_amounts([hold.charged_nanos_usd for hold in listed]))
+    rows: list[list[Any]] = []
+    for title, holds_ in groups.items():
+        if title:
+            rows.append([*([""] if with_time else []), Text(title, style="bold"), *[""] * 5])
+        for hold in holds_:
+            is_open = hold.state == cost_pb2.HOLD_STATE_HELD
+            was_held, was_charged = next(held), next(charged)
+            rows.append(
+                [
+                    *([local_time(hold.create_time)[5:]] if with_time else []),
+                    f"{hold.scope.service} {_operation(hold.operation)}",
+                    provider_of(hold),
+                    used(hold),
+                    was_held,
+                    "" if is_open else was_charged,
+                    hold_state(hold),
+                ]
+            )
     columns = ("=step", "~provider", ">used", ">held", ">charged", "=state")
     return table(*(["=at"] if with_time else []), *columns, rows=rows)
+
+
+def _amounts(nanos: list[int]) -> list[str]:
+    """A column of amounts in which nothing is a plain 0, so that something stands out."""
+    return [text if n else "0" for n, text in zip(nanos, usd_column(nanos), strict=True)]
 
 
 def provider_of(hold: cost_pb2.Hold) -> str:
@@ -610,7 +622,10 @@ def used(hold: cost_pb2.Hold) -> str:
     # In the order in which they tell; every call is a request and moves some bytes.
     for name in ("tokens", "pages", "bytes", "requests"):
         if value := getattr(usage_, name):
-            return f"{value:,} {name if value != 1 else name[:-1]}"
+            if name == "bytes":
+                return size(value)
+            noun = "calls" if name == "requests" else name
+            return f"{value:,} {noun if value != 1 else noun[:-1]}"
     return ""
 
 

@@ -78,15 +78,15 @@ def drawing(spans: list[Span], width: int, *, every: bool = False) -> Group:
         {span.service for span in spans}, key=[*_COLOURS, *{s.service for s in spans}].index
     )
     made = Table(box=None, padding=(0, 1, 0, 0), show_header=True, header_style="dim")
-    name_width = max(24, (width - 34) * 6 // 10)
-    bar_width = max(10, width - name_width - 34)
+    name_width = max(30, (width - 32) * 6 // 10)
+    bar_width = max(10, width - name_width - 32)
     made.add_column("service", width=8, no_wrap=True)
     made.add_column("span", width=name_width, no_wrap=True, overflow="ellipsis")
     made.add_column("at", width=8, justify="right", no_wrap=True)
     made.add_column("", width=bar_width, no_wrap=True)
     made.add_column("took", width=8, justify="right", no_wrap=True)
     for row in drawn:
-        made.add_row(*_cells(row, total_ns, bar_width))
+        made.add_row(*_cells(row, total_ns, bar_width, "  " if width >= 100 else " "))
     request_ids = sorted({span.request_id for span in spans if span.request_id})
     heading = Text.assemble(
         ("trace ", "dim"),
@@ -101,10 +101,10 @@ def drawing(spans: list[Span], width: int, *, every: bool = False) -> Group:
     return Group(heading, made, summary)
 
 
-def _cells(row: Row, total_ns: int, bar_width: int) -> tuple[Text, ...]:
+def _cells(row: Row, total_ns: int, bar_width: int, indent: str) -> tuple[Text, ...]:
     span = row.span
     colour = "bold red" if span.status else _COLOURS.get(span.service, "")
-    name = Text("  " * min(row.depth, 12) + _short(span.name))
+    name = Text(indent * min(row.depth, 12) + _short(span.name))
     if row.count > 1:
         name.append(f" \N{MULTIPLICATION SIGN}{row.count}", style="dim")
     if span.status:
@@ -119,9 +119,9 @@ def _cells(row: Row, total_ns: int, bar_width: int) -> tuple[Text, ...]:
 
 
 def _short(name: str) -> str:
-    """`tollgate.cost.v1.CostService/BatchSettle` as `CostService/BatchSettle`."""
-    package, slash, method = name.rpartition("/")
-    return f"{package.rpartition('.')[2]}{slash}{method}" if slash else name
+    """`tollgate.storage.v1.ObjectService/GetObject` as `Object.GetObject`."""
+    service, slash, method = name.rpartition("/")
+    return f"{service.rpartition('.')[2].removesuffix('Service')}.{method}" if slash else name
 
 
 def _most_telling(drawn: list[Row]) -> list[Row]:

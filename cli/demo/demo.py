@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +39,7 @@ PRICES = Path(__file__).with_name("prices.json")
 _SETTLED_TIMEOUT_S = 20.0
 _TRACE_TIMEOUT_S = 5.0
 _HITS = 2
-_HOLDS_LISTED_MAX = 40
+_DOCUMENTS_APART_MAX = 4
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Show:
             )
             self._terminal.say(f'[bold]"{escape(question.text)}"[/]')
             for number, hit in enumerate(found.hits, start=1):
-                tell_hit(self._terminal, hit, number, lines=4)
+                tell_hit(self._terminal, hit, number, lines=3)
             if self._questions and not is_right:
                 self.missed.append(f"{question.file_name} page {question.page}")
 
@@ -226,14 +226,23 @@ class Show:
             "card of its own: $0.10 a million tokens, $50 a million pages.",
             style="dim",
         )
-        listed = holds if len(holds) <= _HOLDS_LISTED_MAX else summed(holds)
-        self._terminal.show(hold_table(listed, with_time=False))
+        self._terminal.show(hold_table(self._grouped(holds), with_time=False))
         held = sum(hold.held_nanos_usd for hold in holds)
         charged = sum(hold.charged_nanos_usd for hold in holds)
         self._terminal.say(
             f"{len(holds)} holds for {len(self._files)} documents: held {usd(held)}, "
             f"charged [bold]{usd(charged)}[/]"
         )
+
+    def _grouped(self, holds: list[cost_pb2.Hold]) -> dict[str, list[cost_pb2.Hold]]:
+        """The holds by document, a step's as one; of many documents all as one."""
+        if len(self._files) > _DOCUMENTS_APART_MAX:
+            return {f"{len(self._files)} documents": summed(holds)}
+        return {
+            file.path.name: summed(h for h in holds if h.request_id == file.document.request_id)
+            for file in self._files
+            if file.document.request_id
+        }
 
     async def _settled(self, ledger: Caller) -> list[cost_pb2.Hold]:
         """The holds of the documents' requests, once none is open any more."""
@@ -291,7 +300,7 @@ def question_of(hit: pb.SearchHit) -> str:
     return " ".join(sentence.split()[:12]) if len(sentence) >= 12 else ""
 
 
-def summed(holds: Sequence[cost_pb2.Hold]) -> list[cost_pb2.Hold]:
+def summed(holds: Iterable[cost_pb2.Hold]) -> list[cost_pb2.Hold]:
     """Holds of the same step and provider as one, with the sums of what they used and cost."""
     sums: dict[tuple[Any, ...], cost_pb2.Hold] = {}
     for hold in holds:
