@@ -68,7 +68,7 @@ def _internal(metadata: Metadata, identity: str, secret: bytes) -> Call:
 def _by_key(metadata: Metadata, keys: KeyFile) -> Call:
     value = str(metadata.get(AUTHORIZATION, ""))
     if value[: len(_BEARER)].lower() != _BEARER:
-        raise Unauthenticated("send an API key: `authorization: Bearer tg_…`")
+        raise Unauthenticated("send an API key: `authorization: Bearer tg_...`")
     key = keys.find(value[len(_BEARER) :].strip())
     if key is None:
         raise Unauthenticated("the API key is not known")

@@ -18,7 +18,7 @@ from services.router.store import MIGRATIONS, read_modes, switch_mode
 
 POLL_S = 1.0
 # How long a start waits for the database before it serves with the modes of the settings.
-FIRST_READ_S = 10.0
+FIRST_READ_S = 5.0
 
 log = logging.getLogger(__name__)
 

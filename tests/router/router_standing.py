@@ -96,10 +96,12 @@ def failing(error: TollgateError) -> Behaviour:
 
 
 @asynccontextmanager
-async def stand_in(mesh: MeshSettings) -> AsyncIterator[tuple[Fickle, str]]:
+async def stand_in(
+    mesh: MeshSettings, listen: str = "127.0.0.1:0"
+) -> AsyncIterator[tuple[Fickle, str]]:
     """The faulty backend on a real server."""
     fickle = Fickle()
-    daemon = Daemon("embedder", mesh, listen="127.0.0.1:0")
+    daemon = Daemon("embedder", mesh, listen=listen)
     embedder_pb2_grpc.add_EmbedderServiceServicer_to_server(fickle, daemon.server)
     daemon.serves("tollgate.embedder.v1.EmbedderService", providers=["fickle"])
     async with daemon.serving():
@@ -146,7 +148,9 @@ class Standing:
     async def ready(self) -> None:
         """Wait until every backend is seen."""
         for _ in range(200):
-            listed = await self.router.ListBackends(router_pb2.ListBackendsRequest())
+            listed = await self.router.ListBackends(
+                router_pb2.ListBackendsRequest(), metadata=self.identity()
+            )
             if all(b.health == router_pb2.BACKEND_HEALTH_SERVING for b in listed.backends):
                 break
             await asyncio.sleep(0.05)
