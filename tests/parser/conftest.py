@@ -134,7 +134,7 @@ def worker_pids(daemon: int | None = None) -> list[int]:
 async def gone(pid: int) -> None:
     """Wait until that process has ended, at most ten seconds."""
     async with asyncio.timeout(10):
-        while runs(pid):  # noqa: ASYNC110  # another process has no event to wait for
+        while runs(pid):  # another process has no event to wait for
             await asyncio.sleep(0.01)
 
 

@@ -207,7 +207,7 @@ async def test_pool_recovers_when_workers_can_start_again(monkeypatch: pytest.Mo
                 await _read(pool, b"text")
             assert not pool.healthy
         async with asyncio.timeout(20):
-            while not pool.healthy:  # noqa: ASYNC110  # health is polled, as the daemon does
+            while not pool.healthy:  # health is polled, as the daemon does
                 await asyncio.sleep(0.05)
         assert await _read(pool, b"text") == ["text"]
     finally:

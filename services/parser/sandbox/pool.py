@@ -253,7 +253,13 @@ class _Worker:
             document_bytes_max=bounds.document_bytes_max,
             cpu_s=math.ceil(bounds.document_timeout_s),
         )
-        process = await _spawn(limits)
+        spawning = asyncio.create_task(_spawn(limits))
+        try:
+            process = await asyncio.shield(spawning)
+        except asyncio.CancelledError:
+            # A process half spawned would outlive the pool: let it come, then end it.
+            await cls(await spawning, bounds).dismiss()
+            raise
         worker = cls(process, bounds)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
