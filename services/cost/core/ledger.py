@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import IntEnum
+from operator import add
 from typing import NamedTuple, TypeAlias
 
 from chassis.errors import HoldClosed, IdReused, InvalidField, NotFound, Violation
@@ -90,8 +91,9 @@ class Book:
         self.now = now
         self.counters: dict[CounterKey, Counter] = {}
         self.entries: list[Entry] = []
-        self.changed: dict[str, Hold] = {}
-        """Holds that were resolved or extended, by tenant and id."""
+        self.resolved: dict[str, tuple[Hold, Entry | None]] = {}
+        """Holds that were resolved, each with its line of the ledger, by id and tenant."""
+        self.extended: dict[str, Hold] = {}
         self._limits = limits
         self._places: dict[tuple[Account, datetime], list[Place]] = {}
         self._spans: dict[tuple[Window, str, datetime], Span] = {}
@@ -159,7 +161,7 @@ class Book:
         if hold.state is State.HELD:
             self._move(hold, amounts(hold.held_nanos_usd, hold.bound), NOTHING, NOTHING)
             hold.state = State.RELEASED
-            self._change(hold)
+            self.resolved[_key(hold)] = (hold, None)
         elif hold.state is State.EXPIRED:
             self._take_back(hold)
         elif hold.state is not State.RELEASED:
@@ -171,7 +173,7 @@ class Book:
         expire_time = self.now + timedelta(milliseconds=ttl_ms)
         if expire_time > hold.expire_time:
             hold.expire_time = expire_time
-            self._change(hold)
+            self.extended[_key(hold)] = hold
 
     def _charge(self, hold: Hold, state: State, kind: EntryKind, usage: Usage | None) -> None:
         """Charge what was used, or what is held where nobody said; from held or from expired."""
@@ -189,7 +191,8 @@ class Book:
         else:
             self._move(hold, as_held, NOTHING, now_charged)
             delta, old, was_unconfirmed, charges = used, 0, 0, 1
-        self.entries.append(
+        self._enter(
+            hold,
             Entry(
                 hold.id,
                 hold.account,
@@ -200,19 +203,19 @@ class Book:
                 unconfirmed - was_unconfirmed,
                 overrun,
                 charges,
-            )
+            ),
         )
         hold.state, hold.usage = state, usage
         hold.charged_nanos_usd, hold.overrun_nanos_usd = charged, overrun
         hold.unconfirmed = usage is None
-        self._change(hold)
 
     def _take_back(self, hold: Hold) -> None:
         """Undo the charge of a hold that expired and was not billed after all."""
         self._move(hold, NOTHING, amounts(hold.held_nanos_usd, hold.bound), NOTHING)
         held = hold.held_nanos_usd
         delta = Usage(*(-count for count in hold.bound))
-        self.entries.append(
+        self._enter(
+            hold,
             Entry(
                 hold.id,
                 hold.account,
@@ -223,18 +226,20 @@ class Book:
                 -held,
                 0,
                 -1,
-            )
+            ),
         )
         hold.state, hold.charged_nanos_usd, hold.unconfirmed = State.RELEASED, 0, False
-        self._change(hold)
 
     def _move(self, hold: Hold, freed: Amounts, uncharged: Amounts, charged: Amounts) -> None:
         for metric, counter, _ in self.places(hold.account, hold.create_time):
             counter.held -= freed[metric]
             counter.settled += charged[metric] - uncharged[metric]
 
-    def _change(self, hold: Hold) -> None:
-        self.changed[f"{hold.id}{hold.account.scope.tenant}"] = hold
+    def _enter(self, hold: Hold, entry: Entry) -> None:
+        """Write a line; what one batch does to a hold is one line in the end."""
+        self.entries.append(entry)
+        _, before = self.resolved.get(_key(hold), (hold, None))
+        self.resolved[_key(hold)] = (hold, entry if before is None else _sum(before, entry))
 
     def _counter(self, limit: Limit, name: str, at: datetime) -> Counter:
         when = (limit.window, limit.time_zone, at)
@@ -270,6 +275,19 @@ class Book:
             ],
             retry_time(refusing),
         )
+
+
+def _key(hold: Hold) -> str:
+    return hold.id + hold.account.scope.tenant
+
+
+def _sum(before: Entry, entry: Entry) -> Entry:
+    return entry._replace(
+        usage=Usage(*map(add, before.usage, entry.usage)),
+        charged_nanos_usd=before.charged_nanos_usd + entry.charged_nanos_usd,
+        unconfirmed_nanos_usd=before.unconfirmed_nanos_usd + entry.unconfirmed_nanos_usd,
+        charges=before.charges + entry.charges,
+    )
 
 
 def retry_time(refusing: list[tuple[Counter, int]]) -> datetime | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, TypeAlias
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -12,14 +12,14 @@ from tollgate.cost.v1 import cost_pb2 as pb
 from tollgate.cost.v1 import price_pb2, usage_pb2
 
 from chassis.errors import InvalidField, Violation
-from services.cost.core.holds import TTL_MAX_S, TTL_MIN_S, Denial, Hold
+from services.cost.core.holds import TTL_MAX_S, TTL_MIN_S, Denial, Hold, State
 from services.cost.core.prices import Rate, Unit
 from services.cost.core.usage import Account, Scope, Usage, checked_usage, refused
 from services.cost.core.windows import EPOCH
 
 NAME_MAX = 256
 REQUEST_ID_MAX = 128
-_REMEMBERED_MAX: Final = 20_000
+_REMEMBERED_MAX: Final = 4_000
 _UUID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _REQUIRED: Final = ("tenant", "service", "provider", "operation")
 _MICROSECOND: Final = EPOCH.resolution
@@ -123,64 +123,77 @@ def set_time(message: Timestamp, at: datetime) -> None:
 
 
 def set_usage(message: usage_pb2.Usage, usage: Usage) -> None:
-    """Put a usage into a message."""
-    message.tokens, message.pages, message.bytes, message.requests = usage
+    """Put a usage into an empty message."""
+    tokens, pages, size, requests = usage
+    message.requests = requests
+    if tokens:
+        message.tokens = tokens
+    if pages:
+        message.pages = pages
+    if size:
+        message.bytes = size
+
+
+_Shared: TypeAlias = tuple[Account, Rate, int, datetime, datetime]
 
 
 class HoldWriter:
-    """Writes holds into messages. What many holds share is made once and copied."""
+    """Writes holds into messages. What the holds of a batch share is made once and copied."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[Account, Rate, int, Usage, int], pb.Hold] = {}
-        self._times: dict[datetime, tuple[int, int]] = {}
+        self._made: dict[_Shared, pb.Hold] = {}
 
     def write(self, message: pb.Hold, hold: Hold) -> None:
         """Fill an empty message."""
-        key = (hold.account, hold.rate, hold.price_version, hold.bound, hold.held_nanos_usd)
-        made = self._made.get(key)
+        shared = (
+            hold.account,
+            hold.rate,
+            hold.price_version,
+            hold.create_time,
+            hold.expire_time,
+        )
+        made = self._made.get(shared)
         if made is None:
-            made = self._make(hold)
             if len(self._made) >= _REMEMBERED_MAX:
                 self._made.clear()
-            self._made[key] = made
+            made = self._made[shared] = _shared_part(*shared)
         message.CopyFrom(made)
         message.id = hold.id
-        message.request_id = hold.request_id
-        message.state = int(hold.state)  # type: ignore[assignment]  # the numbers are the same
-        created, expires = message.create_time, message.expire_time
-        created.seconds, created.nanos = self._time(hold.create_time)
-        expires.seconds, expires.nanos = self._time(hold.expire_time)
+        if hold.request_id:
+            message.request_id = hold.request_id
+        message.held_nanos_usd = hold.held_nanos_usd
+        set_usage(message.bound, hold.bound)
+        if hold.state is not State.HELD:
+            message.state = int(hold.state)  # type: ignore[assignment]  # the numbers are the same
         if hold.usage is not None:
             set_usage(message.usage, hold.usage)
         if hold.charged_nanos_usd:
             message.charged_nanos_usd = hold.charged_nanos_usd
             message.overrun_nanos_usd = hold.overrun_nanos_usd
-        if hold.unconfirmed:
-            message.unconfirmed = True
+            message.unconfirmed = hold.unconfirmed
 
-    def _make(self, hold: Hold) -> pb.Hold:
-        scope = hold.account.scope
-        return pb.Hold(
-            scope=scope_message(scope),
-            operation=scope.operation,
-            bound=usage_message(hold.bound),
-            held_nanos_usd=hold.held_nanos_usd,
-            price_version=hold.price_version,
-            unit_prices=[
-                price_pb2.UnitPrice(unit=int(unit), nanos_usd_per_million=nanos)  # type: ignore[arg-type]  # the numbers are the same
-                for unit, nanos in zip(Unit, hold.rate, strict=True)
-                if nanos is not None
-            ],
-        )
 
-    def _time(self, at: datetime) -> tuple[int, int]:
-        found = self._times.get(at)
-        if found is None:
-            seconds, micros = divmod((at - EPOCH) // _MICROSECOND, 1_000_000)
-            if len(self._times) >= _REMEMBERED_MAX:
-                self._times.clear()
-            found = self._times[at] = (seconds, micros * 1000)
-        return found
+def _shared_part(
+    account: Account, rate: Rate, price_version: int, create_time: datetime, expire_time: datetime
+) -> pb.Hold:
+    scope = account.scope
+    message = pb.Hold(
+        scope=scope_message(scope),
+        operation=scope.operation,
+        price_version=price_version,
+        state=pb.HOLD_STATE_HELD,
+        unit_prices=[
+            price_pb2.UnitPrice(
+                unit=int(unit),  # type: ignore[arg-type]  # the numbers are the same
+                nanos_usd_per_million=nanos,
+            )
+            for unit, nanos in zip(Unit, rate, strict=True)
+            if nanos is not None
+        ],
+    )
+    set_time(message.create_time, create_time)
+    set_time(message.expire_time, expire_time)
+    return message
 
 
 def scope_message(scope: Scope) -> usage_pb2.Scope:

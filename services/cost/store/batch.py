@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from operator import add
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from chassis.errors import Billed, DeadlineExceeded, InvalidField, TollgateError
 from chassis.postgres import Connection, Pool, transaction
@@ -53,23 +53,25 @@ _CLAIM: Final = """
 WITH claimed AS (
     INSERT INTO holds (id, tenant, account, tokens, pages, bytes, requests, held_nanos_usd,
         price_version, request_id, create_time, expire_time, state)
-    SELECT id, tenant, account, tokens, pages, bytes, requests, held_nanos_usd, $11, request_id,
-        now(), now() + ttl_ms * interval '1 millisecond', 1
-    FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[],
-        $7::bigint[], $8::bigint[], $9::text[], $10::bigint[])
+    SELECT id, tenant, account, tokens, pages, bytes, requests, held_nanos_usd, $11,
+        coalesce(request_id, ''), now(), now() + ttl_ms * interval '1 millisecond', 1
+    FROM unnest($1::text::uuid[], string_to_array($2, E'\\x1f'), $3::text::bigint[],
+        $4::text::bigint[], $5::text::bigint[], $6::text::bigint[], $7::text::bigint[],
+        $8::text::bigint[], string_to_array($9, E'\\x1f'), $10::text::bigint[])
         AS ask (id, tenant, account, tokens, pages, bytes, requests, held_nanos_usd, request_id,
             ttl_ms)
     ON CONFLICT DO NOTHING
     RETURNING id, tenant
 )
 SELECT now(), version,
-    CASE WHEN (SELECT count(*) FROM claimed) < cardinality($1)
+    CASE WHEN (SELECT count(*) FROM claimed) < cardinality($1::text::uuid[])
         THEN ARRAY(SELECT id::text || tenant FROM claimed) END
 FROM state
 """
 _LOCK_HOLDS: Final = f"""
 SELECT place, {HOLD_COLUMNS}
-FROM unnest($1::uuid[], $2::text[]) WITH ORDINALITY AS ask (id, tenant, place)
+FROM unnest($1::text::uuid[], string_to_array($2, E'\\x1f'))
+    WITH ORDINALITY AS ask (id, tenant, place)
 JOIN holds USING (id, tenant)
 ORDER BY id, tenant FOR UPDATE OF holds
 """
@@ -92,40 +94,52 @@ WHERE counters.limit_number = ask.limit_number AND counters.window_start = ask.w
     AND counters.name = ask.name
     AND counters.held + counters.settled + ask.held + ask.settled <= ask.maximum
 """
+# Each hold with its line of the ledger, where it has one (kind 0: none), and the rollups.
 _WRITE_HOLDS: Final = """
-UPDATE holds SET state = ask.state, expire_time = ask.expire_time, used_tokens = ask.tokens,
-    used_pages = ask.pages, used_bytes = ask.bytes, used_requests = ask.requests,
-    charged_nanos_usd = ask.charged_nanos_usd, overrun_nanos_usd = ask.overrun_nanos_usd,
-    unconfirmed = ask.unconfirmed
-FROM unnest($1::uuid[], $2::text[], $3::smallint[], $4::timestamptz[], $5::bigint[], $6::bigint[],
-    $7::bigint[], $8::bigint[], $9::bigint[], $10::bigint[], $11::boolean[])
-    AS ask (id, tenant, state, expire_time, tokens, pages, bytes, requests, charged_nanos_usd,
-        overrun_nanos_usd, unconfirmed)
+WITH resolved AS (
+    UPDATE holds SET state = ask.state, used_tokens = nullif(ask.used_tokens, -1),
+        used_pages = nullif(ask.used_pages, -1), used_bytes = nullif(ask.used_bytes, -1),
+        used_requests = nullif(ask.used_requests, -1),
+        charged_nanos_usd = ask.charged_nanos_usd, overrun_nanos_usd = ask.overrun_nanos_usd,
+        unconfirmed = ask.unconfirmed
+    FROM unnest($1::text::uuid[], string_to_array($2, E'\\x1f'), $3::text::smallint[],
+        $4::text::bigint[], $5::text::bigint[], $6::text::bigint[], $7::text::bigint[],
+        $8::text::bigint[], $9::text::bigint[], $10::text::boolean[], $11::text::smallint[],
+        $12::text::bigint[], $13::text::bigint[], $14::text::bigint[], $15::text::bigint[],
+        $16::text::bigint[], $17::text::bigint[], $18::text::smallint[])
+        AS ask (id, tenant, state, used_tokens, used_pages, used_bytes, used_requests,
+            charged_nanos_usd, overrun_nanos_usd, unconfirmed, kind, tokens, pages, bytes,
+            requests, entry_nanos_usd, unconfirmed_nanos_usd, charges)
+    WHERE holds.id = ask.id AND holds.tenant = ask.tenant
+    RETURNING holds.id, account, create_time, kind, ask.tokens, ask.pages, ask.bytes,
+        ask.requests, entry_nanos_usd, unconfirmed_nanos_usd, ask.overrun_nanos_usd, charges
+), written AS (
+    INSERT INTO entries (hold_id, account, hold_time, kind, tokens, pages, bytes, requests,
+        charged_nanos_usd, unconfirmed_nanos_usd, overrun_nanos_usd, charges)
+    SELECT * FROM resolved WHERE kind > 0
+), summed AS (
+    INSERT INTO rollups (bucket, account, tokens, pages, bytes, requests, charged_nanos_usd,
+        unconfirmed_nanos_usd, charges)
+    SELECT * FROM unnest($19::timestamptz[], $20::bigint[], $21::bigint[], $22::bigint[],
+        $23::bigint[], $24::bigint[], $25::bigint[], $26::bigint[], $27::bigint[])
+    ON CONFLICT (bucket, account) DO UPDATE SET tokens = rollups.tokens + excluded.tokens,
+        pages = rollups.pages + excluded.pages, bytes = rollups.bytes + excluded.bytes,
+        requests = rollups.requests + excluded.requests,
+        charged_nanos_usd = rollups.charged_nanos_usd + excluded.charged_nanos_usd,
+        unconfirmed_nanos_usd = rollups.unconfirmed_nanos_usd + excluded.unconfirmed_nanos_usd,
+        charges = rollups.charges + excluded.charges
+)
+SELECT count(*) FROM resolved
+"""
+_WRITE_EXTENSIONS: Final = """
+UPDATE holds SET expire_time = ask.expire_time
+FROM unnest($1::uuid[], $2::text[], $3::timestamptz[]) AS ask (id, tenant, expire_time)
 WHERE holds.id = ask.id AND holds.tenant = ask.tenant
 """
 _WRITE_DENIALS: Final = """
 UPDATE holds SET state = 5, denial = ask.denial::jsonb
 FROM unnest($1::uuid[], $2::text[], $3::text[]) AS ask (id, tenant, denial)
 WHERE holds.id = ask.id AND holds.tenant = ask.tenant
-"""
-_WRITE_ENTRIES: Final = """
-WITH written AS (
-    INSERT INTO entries (hold_id, account, kind, hold_time, tokens, pages, bytes, requests,
-        charged_nanos_usd, unconfirmed_nanos_usd, overrun_nanos_usd, charges)
-    SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::smallint[], $4::timestamptz[], $5::bigint[],
-        $6::bigint[], $7::bigint[], $8::bigint[], $9::bigint[], $10::bigint[], $11::bigint[],
-        $12::smallint[])
-)
-INSERT INTO rollups (bucket, account, tokens, pages, bytes, requests, charged_nanos_usd,
-    unconfirmed_nanos_usd, charges)
-SELECT * FROM unnest($13::timestamptz[], $14::bigint[], $15::bigint[], $16::bigint[],
-    $17::bigint[], $18::bigint[], $19::bigint[], $20::bigint[], $21::bigint[])
-ON CONFLICT (bucket, account) DO UPDATE SET tokens = rollups.tokens + excluded.tokens,
-    pages = rollups.pages + excluded.pages, bytes = rollups.bytes + excluded.bytes,
-    requests = rollups.requests + excluded.requests,
-    charged_nanos_usd = rollups.charged_nanos_usd + excluded.charged_nanos_usd,
-    unconfirmed_nanos_usd = rollups.unconfirmed_nanos_usd + excluded.unconfirmed_nanos_usd,
-    charges = rollups.charges + excluded.charges
 """
 
 
@@ -255,7 +269,16 @@ class BatchStore:
             )
             for _, (order, account, _, nanos_usd) in sorted(batch.claims.items())
         ]
-        row = await connection.fetchrow(_CLAIM, *_columns(rows, 10), batch.catalog.price_version)
+        ids, tenants, *numbers, requests, ttls = _columns(rows, 10)
+        row = await connection.fetchrow(
+            _CLAIM,
+            _plain(ids),
+            _joined(tenants),
+            *map(_numbers, numbers),
+            _joined(requests),
+            _numbers(ttls),
+            batch.catalog.price_version,
+        )
         assert row is not None, "there is one state"
         now, version, claimed = row
         if not batch.catalog.is_current(version, now):
@@ -275,7 +298,8 @@ class BatchStore:
             keys[key] = (order.hold_id, order.scope.tenant)
         if not keys:
             return
-        rows = await connection.fetch(_LOCK_HOLDS, *_columns(keys.values(), 2))
+        ids, tenants = _columns(keys.values(), 2)
+        rows = await connection.fetch(_LOCK_HOLDS, _plain(ids), _joined(tenants))
         await self._accounts.know_numbers(connection, [row[1] for row in rows])
         names, catalog = list(keys.items()), batch.catalog
         for row in rows:
@@ -364,28 +388,64 @@ async def _write(connection: Connection, batch: Batch) -> None:
             if hold.denial is not None
         ]
         _expect(len(rows), await connection.execute(_WRITE_DENIALS, *_columns(rows, 3)))
-    if book.changed:
-        await _write_holds(connection, list(book.changed.values()))
+    if book.resolved:
+        await _write_holds(connection, book)
+    if book.extended:
+        moved = [
+            (hold.id, hold.account.scope.tenant, hold.expire_time)
+            for hold in book.extended.values()
+        ]
+        _expect(len(moved), await connection.execute(_WRITE_EXTENSIONS, *_columns(moved, 3)))
     await _write_counters(connection, book)
-    if book.entries:
-        await _write_entries(connection, book.entries)
 
 
-async def _write_holds(connection: Connection, holds: list[Hold]) -> None:
+async def _write_holds(connection: Connection, book: Book) -> None:
     rows = [
         (
             hold.id,
             hold.account.scope.tenant,
             hold.state,
-            hold.expire_time,
             *(hold.usage or _NOT_USED),
             hold.charged_nanos_usd,
             hold.overrun_nanos_usd,
             hold.unconfirmed,
+            *(_NO_ENTRY if entry is None else _entry_columns(entry)),
         )
-        for hold in holds
+        for hold, entry in book.resolved.values()
     ]
-    _expect(len(rows), await connection.execute(_WRITE_HOLDS, *_columns(rows, 11)))
+    ids, tenants, *numbers = _columns(rows, 18)
+    count = await connection.fetchval(
+        _WRITE_HOLDS,
+        _plain(ids),
+        _joined(tenants),
+        *map(_numbers, numbers),
+        *_columns(_rollups(book.entries), 9),
+    )
+    if count != len(rows):
+        raise BrokenPromiseError(f"{count} where {len(rows)} rows were locked")
+
+
+def _entry_columns(entry: Entry) -> Sequence[int]:
+    return (
+        entry.kind,
+        *entry.usage,
+        entry.charged_nanos_usd,
+        entry.unconfirmed_nanos_usd,
+        entry.charges,
+    )
+
+
+def _rollups(entries: list[Entry]) -> list[Sequence[object]]:
+    sums: dict[tuple[datetime, int], list[int]] = {}
+    for entry in entries:
+        row = _entry_columns(entry)[1:]
+        key = (quarter_hour(entry.hold_time), entry.account.number)
+        known = sums.get(key)
+        if known is None:
+            sums[key] = list(row)
+        else:
+            known[:] = map(add, known, row)
+    return [(*key, *sums[key]) for key in sorted(sums)]
 
 
 async def _write_counters(connection: Connection, book: Book) -> None:
@@ -404,26 +464,8 @@ async def _write_counters(connection: Connection, book: Book) -> None:
         _expect(len(rows), await connection.execute(_WRITE_COUNTERS, *_columns(rows, 6)))
 
 
-async def _write_entries(connection: Connection, entries: list[Entry]) -> None:
-    sums: dict[tuple[datetime, int], list[int]] = {}
-    rows = []
-    for hold_id, account, kind, at, usage, charged, unconfirmed, overrun, charges in entries:
-        row = (*usage, charged, unconfirmed)
-        rows.append((hold_id, account.number, kind, at, *row, overrun, charges))
-        key = (quarter_hour(at), account.number)
-        known = sums.get(key)
-        if known is None:
-            sums[key] = [*row, charges]
-        else:
-            known[:] = map(add, known, (*row, charges))
-    await connection.execute(
-        _WRITE_ENTRIES,
-        *_columns(rows, 12),
-        *_columns([(*key, *sums[key]) for key in sorted(sums)], 9),
-    )
-
-
-_NOT_USED: Final = (None, None, None, None)
+_NOT_USED: Final = (-1, -1, -1, -1)
+_NO_ENTRY: Final = (0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def _begin(connection: Connection) -> str:
@@ -461,3 +503,22 @@ def _expect(rows: int, status: str) -> None:
 def _columns(rows: Iterable[Sequence[object]], width: int) -> list[Sequence[object]]:
     """Rows turned into columns, also when there are none."""
     return list(zip(*rows, strict=True)) or [()] * width
+
+
+# Long columns travel as text: the driver looks at each element of an array with three checks of
+# abstract types, which costs several times what the database needs to read the number.
+
+
+def _plain(column: Sequence[Any]) -> str:
+    """Ids as the text of an array."""
+    return "{" + ",".join(column) + "}"
+
+
+def _numbers(column: Sequence[Any]) -> str:
+    """Numbers, enums and truths as the text of an array."""
+    return "{" + str([*map(int, column)])[1:-1] + "}"
+
+
+def _joined(column: Sequence[Any]) -> str:
+    """Names, which have no control characters, for string_to_array."""
+    return "\x1f".join(column)

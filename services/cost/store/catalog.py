@@ -79,7 +79,8 @@ class Catalog:
     prices: PriceList
     since: datetime
     until: datetime
-    _rates: dict[tuple[int, int, datetime], Rate] = field(default_factory=dict)
+    _current: dict[Account, Rate] = field(default_factory=dict)
+    _older: dict[tuple[int, int, datetime], Rate] = field(default_factory=dict)
 
     def is_current(self, version: int, now: datetime) -> bool:
         """Whether decisions at this instant may be made by it."""
@@ -87,19 +88,24 @@ class Catalog:
 
     def rate(self, account: Account) -> Rate:
         """What new holds of an account are made at. Raises PriceUnknown."""
-        return self._rate(account, self.price_version, self.since)
+        rate = self._current.get(account)
+        if rate is None:
+            if len(self._current) >= _RATES_MAX:
+                self._current.clear()
+            rate = self.prices.rate(account.scope, self.price_version, self.since)
+            self._current[account] = rate
+        return rate
 
     def rate_of(self, account: Account, price_version: int, at: datetime) -> Rate:
-        """What an older hold was made at."""
-        return self._rate(account, price_version, self.prices.steady(at)[0])
-
-    def _rate(self, account: Account, version: int, since: datetime) -> Rate:
-        key = (account.number, version, since)
-        rate = self._rates.get(key)
+        """What a hold was made at, by a version of the list, at a time."""
+        if price_version == self.price_version and at >= self.since:
+            return self.rate(account)
+        key = (account.number, price_version, self.prices.steady(at)[0])
+        rate = self._older.get(key)
         if rate is None:
-            if len(self._rates) >= _RATES_MAX:
-                self._rates.clear()
-            rate = self._rates[key] = self.prices.rate(account.scope, version, since)
+            if len(self._older) >= _RATES_MAX:
+                self._older.clear()
+            rate = self._older[key] = self.prices.rate(account.scope, price_version, key[2])
         return rate
 
 

@@ -19,6 +19,9 @@ HOLD_COLUMNS: Final = """account, request_id, tokens, pages, bytes, requests, he
     used_requests, charged_nanos_usd, overrun_nanos_usd, unconfirmed, denial"""
 
 
+_STATES: Final = {int(state): state for state in State}
+
+
 def to_hold(hold_id: str, row: asyncpg.Record, accounts: Accounts, catalog: Catalog) -> Hold:
     """A hold of a row that is one column and HOLD_COLUMNS; its account is known."""
     (
@@ -52,7 +55,7 @@ def to_hold(hold_id: str, row: asyncpg.Record, accounts: Accounts, catalog: Cata
         held,
         price_version,
         catalog.rate_of(account, price_version, create_time),
-        State(state),
+        _STATES[state],
         create_time,
         expire_time,
         None if used_tokens is None else Usage(used_tokens, used_pages, used_bytes, used_requests),
