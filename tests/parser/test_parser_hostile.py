@@ -22,7 +22,7 @@ from chassis.errors import (
     UnsupportedMediaType,
 )
 from tests.parser import documents
-from tests.parser.conftest import Caller, StartParser, gone, worker_pids
+from tests.parser.conftest import Caller, StartParser, gone, runs, worker_pids
 
 GOOD = documents.pdf([["The next document parses."]])
 PDF = "application/pdf"
@@ -198,11 +198,14 @@ async def test_memory_bomb_takes_only_itself(start_parser: StartParser) -> None:
 
 async def test_document_that_takes_too_long_is_given_up(start_parser: StartParser) -> None:
     """A worker that exceeds the wall clock is killed, and its document says timeout."""
-    async with start_parser(local_document_timeout_s=1.0) as parser:
+    async with start_parser(local_document_timeout_s=2.0) as parser:
+        (worker,) = worker_pids()
+        os.kill(worker, signal.SIGSTOP)
         with pytest.raises(DocumentUnreadable) as refused:
-            await parser.parse(b"<html>" + b"<p>on <b>and</b> on</p>" * 1_200_000)
+            await parser.parse(GOOD)
         assert refused.value.metadata["cause"] == "timeout"
         await parses_the_next(parser)
+        assert not runs(worker)
 
 
 async def test_killed_worker_takes_only_its_document(start_parser: StartParser) -> None:
