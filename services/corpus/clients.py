@@ -186,10 +186,16 @@ class RouterGate:
     # --- embedding -----------------------------------------------------------------------------
 
     async def space(self, model: str) -> Space:
-        """The model's space at the backend that would serve it now. Raises NotFound."""
+        """The model's space at the backend that would serve it now. Raises NotFound.
+
+        A mock that only stands in for a genuine backend is no answer: UNAVAILABLE.
+        """
         answer = await self._free(
             self._router.embedder.ListModels, embedder_pb2.ListModelsRequest()
         )
+        if answer.provenance.simulated and answer.provenance.fell_back_from:
+            # Documents and questions in the mock's space would never meet those of the genuine one.
+            raise ProviderUnavailable("no genuine embedder can serve now; its space is waited for")
         for found in answer.models:
             if found.name == model:
                 return Space(

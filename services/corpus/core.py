@@ -142,6 +142,7 @@ class NewDocument:
     project: str = ""
     request_id: str = ""
     traceparent: str = ""
+    charged_nanos_usd: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -513,6 +514,14 @@ class Changes:
     """Wakes those of this process who watch a document that this process changed."""
 
     _watching: dict[str, set[asyncio.Event]] = field(default_factory=dict)
+    closed: bool = False
+    """Whether this process is about to end, and with it all watching."""
+
+    def close(self) -> None:
+        """Wake everybody to say so."""
+        self.closed = True
+        for uid in self._watching:
+            self.tell(uid)
 
     def tell(self, uid: str) -> None:
         """The document changed."""

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Protocol
 from uuid import uuid4
 
-from chassis.errors import NotFound, TollgateError, Unavailable
+from chassis.errors import NotFound, ProviderUnavailable, TollgateError, Unavailable
 from services.corpus.core import (
     Added,
     Changes,
@@ -124,6 +124,7 @@ class Library:
                 project=project,
                 request_id=request_id,
                 traceparent=traceparent,
+                charged_nanos_usd=gate.take_charge(),
             ),
         )
         await self._discard(gate, added.unused)
@@ -176,7 +177,9 @@ class Library:
                 if document != last:
                     yield document
                     last = document
-                elif not last.state.is_final:
+                elif self._changes.closed:
+                    raise ProviderUnavailable("the corpus is being stopped; watch again")
+                else:
                     told = await _set_within(changed, poll_s)
                     changed.clear()
                     poll_s = _POLL_TOLD_S if told else _POLL_S

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -13,6 +14,7 @@ from chassis.client import Peer
 from chassis.database import database, room_pool
 from chassis.server import Daemon, StartError, launch
 from chassis.settings import MeshSettings, RoomSettings, room_config
+from chassis.tasks import finish
 from chassis.tokens import count_tokens, minilm_tokenizer, tokenizer_of
 from services.corpus.chunking import Chunker, Splitter
 from services.corpus.clients import Router
@@ -103,12 +105,19 @@ async def wire(mesh: MeshSettings, settings: Settings) -> AsyncIterator[Daemon]:
             library = Library(store, router.gate, changes, settings.model)
             add_CorpusServiceServicer_to_server(CorpusService(library), daemon.server)
             daemon.serves(SERVICE, providers=["corpus"])
+            stopping: asyncio.Task[None] | None = None
             try:
                 async with daemon.serving():
                     workers.start()
-                    yield daemon
+                    try:
+                        yield daemon
+                    finally:
+                        # While the daemon drains: watchers go elsewhere, jobs end or are put back.
+                        changes.close()
+                        stopping = finish(workers.stop(mesh.grace_s))
             finally:
-                await workers.stop(mesh.grace_s)
+                if stopping is not None:
+                    await stopping
                 await peer.close()
 
 

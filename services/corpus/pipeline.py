@@ -84,6 +84,11 @@ class Pipeline:
         self._chunker = chunker
         self._model = model
         self._limits = limits
+        self._seconds = telemetry.meter().create_histogram(
+            "tollgate.corpus.stage.duration",
+            unit="s",
+            description="How long stages took, by stage and outcome.",
+        )
 
     async def run(self, job: str, ticket: Ticket, attempt: int) -> float | None:
         """Do a job. Answers in how many seconds it is to be tried again, or None when it is done.
@@ -105,7 +110,7 @@ class Pipeline:
             return backoff_s(attempt)
 
     async def _stage(self, work: Work, attempt: int) -> float | None:
-        gate = self._gate()
+        gate, began = self._gate(), time.monotonic()
         stages = {
             Stage.PARSE: self._parse,
             Stage.CHUNK: self._chunk,
@@ -123,9 +128,17 @@ class Pipeline:
                 log.exception("stage failed unexpectedly", extra={"fields": _fields(work)})
                 failure = Internal()
             else:
+                self._record(work, began, "OK")
                 return None
             telemetry.fail(span, failure.reason)
+            self._record(work, began, failure.reason)
             return await self._failed(work, failure, gate.take_charge(), attempt)
+
+    def _record(self, work: Work, began: float, outcome: str) -> None:
+        self._seconds.record(
+            time.monotonic() - began,
+            {"tollgate.stage": work.stage.value, "tollgate.outcome": outcome},
+        )
 
     # --- the stages ------------------------------------------------------------------------------
 

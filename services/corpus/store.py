@@ -181,8 +181,9 @@ class Store:
         await connection.execute(
             """INSERT INTO revisions
                  (tenant, uid, revision, file_name, media_type, size_bytes, sha256, metadata,
-                  bucket, object_name, object_owned, project, request_id, traceparent)
-               VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)""",
+                  bucket, object_name, object_owned, project, request_id, traceparent,
+                  charged_nanos_usd)
+               VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)""",
             ticket.tenant,
             ticket.uid,
             ticket.revision,
@@ -197,6 +198,7 @@ class Store:
             new.project,
             new.request_id,
             new.traceparent,
+            new.charged_nanos_usd,
         )
         await self._queue.enqueue(connection, Stage.PARSE, ticket)
 
@@ -213,7 +215,8 @@ class Store:
                 UPDATE revisions r SET state = 'STORED', reason = '', message = '',
                   retry_at = NULL, tries = tries + 1, faults = 0, waiting_since = NULL,
                   bucket = $4, object_name = $5, object_owned = $6,
-                  project = $7, request_id = $8, traceparent = $9, {_NOW}
+                  project = $7, request_id = $8, traceparent = $9,
+                  charged_nanos_usd = charged_nanos_usd + $10, {_NOW}
                 FROM was WHERE tenant = $1 AND uid = $2 AND revision = $3
                 RETURNING was.*, r.stage""",
             tenant,
@@ -225,6 +228,7 @@ class Store:
             new.project,
             new.request_id,
             new.traceparent,
+            new.charged_nanos_usd,
         )
         if row is None:
             raise RuntimeError("a revision that was just read is not there")

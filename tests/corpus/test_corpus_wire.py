@@ -24,6 +24,7 @@ from chassis.call import Call, calling
 from chassis.client import Peer
 from chassis.settings import MeshSettings
 from services.corpus.main import Settings, wire
+from tests.corpus.conftest import Rooms
 
 READY, FAILED, DEFERRED = (
     pb.DOCUMENT_STATE_READY,
@@ -95,15 +96,22 @@ async def corpus_of(mesh: MeshSettings, **fields: object) -> AsyncIterator[None]
     async with (
         wire(mesh, settings),
         grpc.aio.insecure_channel(mesh.router_address) as channel,
-        asyncio.timeout(60),
     ):
-        stub = router_pb2_grpc.RouterServiceStub(channel)
-        while True:
-            answer = await stub.ListBackends(router_pb2.ListBackendsRequest(), metadata=ACME)
-            if all(b.health == router_pb2.BACKEND_HEALTH_SERVING for b in answer.backends):
-                break
-            await asyncio.sleep(0.02)
+        await health_of(Caller(channel), "", router_pb2.BACKEND_HEALTH_SERVING)
         yield
+
+
+async def health_of(caller: Caller, provider: str, health: router_pb2.BackendHealth) -> None:
+    """Wait until the router knows this of a provider, or of all where none is named."""
+    async with asyncio.timeout(30):
+        for _ in itertools.count():
+            answer = await caller.router.ListBackends(
+                router_pb2.ListBackendsRequest(), metadata=ACME
+            )
+            named = [b for b in answer.backends if provider in (b.provider, "")]
+            if all(b.health == health for b in named):
+                return
+            await asyncio.sleep(0.02)
 
 
 @pytest_asyncio.fixture
@@ -308,6 +316,30 @@ async def test_simulated_vectors_are_searched_only_by_simulated_ones(caller: Cal
     assert all(hit.provenance.simulated for hit in hits)
 
 
+async def test_no_mock_stands_in_for_the_genuine_space(caller: Caller, rooms: Rooms) -> None:
+    """In HYBRID without its genuine embedder, documents and searches wait and never mix spaces."""
+    assert (await caller.added("real.md", HANDBOOK.encode())).state == READY
+    await caller.router.SetMode(
+        router_pb2.SetModeRequest(service="embedder", mode=router_pb2.MODE_HYBRID), metadata=ACME
+    )
+    genuine = "tollgate.embedder.v1.EmbedderService/minilm"
+    await rooms.daemons["embedder"].set_health(genuine, serving=False)
+    await health_of(caller, "minilm", router_pb2.BACKEND_HEALTH_NOT_SERVING)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await caller.search("sourdough bread")
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    await caller.add("later.md", b"# Later\n\nThe bakery opens at noon.")
+    watch = caller.corpus.WatchDocument(
+        pb.WatchDocumentRequest(document_id="later.md"), metadata=ACME, timeout=30
+    )
+    waiting = await anext(a.document async for a in watch if a.document.reason)
+    assert (waiting.state, waiting.reason) == (pb.DOCUMENT_STATE_EMBEDDING, "PROVIDER_UNAVAILABLE")
+    watch.cancel()
+    await rooms.daemons["embedder"].set_health(genuine, serving=True)
+    document = (await caller.seen("later.md"))[-1]
+    assert (document.state, document.embedded_by.simulated) == (READY, False)
+
+
 async def test_a_document_waits_for_its_budget(whole_mesh: MeshSettings, caller: Caller) -> None:
     """A document that fits no more this hour is DEFERRED until a later one, and not FAILED."""
     exactly = partial(limit_pb2.Dimension, match=limit_pb2.MATCH_EXACT)
@@ -340,7 +372,7 @@ async def test_a_document_waits_for_its_budget(whole_mesh: MeshSettings, caller:
 async def test_documents_outlive_a_database_that_goes_down(
     caller: Caller, cut_all: Callable[[], Awaitable[None]]
 ) -> None:
-    """Every room loses its database several times while documents are added; all become READY."""
+    """The corpus loses its database several times while documents are added; all become READY."""
 
     async def insist(number: int) -> None:
         async with asyncio.timeout(60):
