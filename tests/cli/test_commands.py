@@ -14,10 +14,15 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.demo.demo import QUESTIONS, SAMPLES
+from cli.demo.write_handbook import HANDBOOK
 from cli.main import app
+from cli.supervisor import ROOMS
 from tests.cli.running import Up, tollgate, wait_until
 
 pytestmark = pytest.mark.timeout(180)
+
+
+NOWHERE = {f"TOLLGATE_{room.upper()}_ADDRESS": "127.0.0.1:1" for room in ROOMS}
 
 
 def asked(running: Up, *arguments: str) -> Any:
@@ -175,10 +180,10 @@ def test_a_fresh_mesh_has_ten_dollars_a_day_and_five_an_hour(running: Up) -> Non
         ("frobnicate",),
     ],
 )
-def test_a_wrong_use_is_told_with_exit_code_two(running: Up, arguments: tuple[str, ...]) -> None:
-    """What the command cannot mean is refused before anything is asked of the mesh."""
-    done = tollgate(*arguments, environment=running.environment)
-    assert done.returncode == 2, (done.stdout, done.stderr)
+def test_a_wrong_use_is_told_with_exit_code_two(arguments: tuple[str, ...]) -> None:
+    """What the command cannot mean is refused before anything is asked of a mesh."""
+    done = CliRunner().invoke(app, arguments, env=NOWHERE)
+    assert done.exit_code == 2, done.output
     assert done.stderr
     assert "Traceback" not in done.stderr
 
@@ -202,16 +207,13 @@ def test_a_mesh_that_is_not_there_is_exit_code_three(
     tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
     """Every command says in one line where nobody answers, and what to do."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("TOLLGATE_")}
-    environment["TOLLGATE_STATE_DIR"] = str(tmp_path)
-    for room in ("ROUTER", "COST", "PARSER", "EMBEDDER", "STORAGE", "CORPUS"):
-        environment[f"TOLLGATE_{room}_ADDRESS"] = "127.0.0.1:1"
-    done = tollgate(*arguments, environment=environment)
-    assert done.returncode == 3, (done.stdout, done.stderr)
+    environment = NOWHERE | {"TOLLGATE_STATE_DIR": str(tmp_path)}
+    done = CliRunner().invoke(app, arguments, env=environment)
+    assert done.exit_code == 3, done.output
     assert "tollgate up" in done.stderr
     assert "Traceback" not in done.stderr
-    told = tollgate(*arguments, "--json", environment=environment)
-    assert told.returncode == 3
+    told = CliRunner().invoke(app, [*arguments, "--json"], env=environment)
+    assert told.exit_code == 3
     assert json.loads(told.stderr)["error"]["reason"] == "unreachable"
 
 
@@ -232,10 +234,10 @@ def test_a_document_that_cannot_be_read_is_named_with_why(running: Up, tmp_path:
 
 def test_a_large_document_goes_through_the_object_store(running: Up, tmp_path: Path) -> None:
     """More than 4 MiB are uploaded in parts, become searchable, and go with the document."""
-    big = tmp_path / "big.md"
-    text = "# Ledger of the lighthouse\n\nThe lamp was lit at dusk and trimmed at midnight.\n\n"
-    # Mostly what the parser drops, so that embedding it does not take minutes.
-    big.write_text(text + "<!-- " + "x" * (5 << 20) + " -->\n")
+    big = tmp_path / "big.pdf"
+    # The handbook with a comment of 5 MiB before its end: large, and no work to embed.
+    body, end = HANDBOOK.read_bytes().split(b"startxref", 1)
+    big.write_bytes(body + b"%" + b"x" * (5 << 20) + b"\nstartxref" + end)
     report = asked(running, "add", str(big), "--collection", "large")
     (document,) = report["documents"]
     assert document["state"] == "ready"

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,17 @@ from tests.cli.running import (
 pytestmark = pytest.mark.timeout(180)
 
 
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """A mesh whose parts are killed, one after the other."""
+    up = Up.start(environment_of(tmp_path_factory.mktemp("victim")))
+    try:
+        up.until("serving")
+        yield up
+    finally:
+        up.end()
+
+
 def _accepts(address: str) -> bool:
     host, _, port = address.rpartition(":")
     with socket.socket() as probe:
@@ -47,17 +59,8 @@ def test_ctrl_c_stops_every_process_and_frees_every_port(own: Up) -> None:
     assert not any(map(_accepts, serving["addresses"].values()))
 
 
-def test_kill_9_of_the_supervisor_leaves_nothing(own: Up) -> None:
-    """Daemons and database go by themselves when their supervisor is killed."""
-    own.until("serving")
-    everything = processes_of(own.process.pid)
-    own.process.kill()
-    own.process.communicate()
-    assert wait_until(lambda: not any(map(is_alive, everything)), STOP_TIMEOUT_S)
-
-
-def test_a_state_directory_can_be_used_again_after_a_kill(own: Up) -> None:
-    """A mesh that was killed starts again where it was."""
+def test_kill_9_of_the_supervisor_leaves_nothing_and_it_starts_again(own: Up) -> None:
+    """Daemons and database go by themselves; the same state directory can be used again."""
     own.until("serving")
     everything = processes_of(own.process.pid)
     own.process.kill()
@@ -80,26 +83,26 @@ def test_ctrl_c_while_it_starts_stops_what_was_started(own: Up) -> None:
 
 
 @pytest.mark.parametrize("room", ["embedder", "cost"])
-def test_a_daemon_that_dies_is_started_again(own: Up, room: str) -> None:
+def test_a_daemon_that_dies_is_started_again(victim: Up, room: str) -> None:
     """kill -9 of a daemon is told in one line, and it serves again."""
-    serving = own.until("serving")
-    os.kill(own.daemon_pid(room), signal.SIGKILL)
-    told = own.until("notice")["message"]
+    os.kill(victim.daemon_pid(room), signal.SIGKILL)
+    told = victim.until("notice")["message"]
     assert room in told
     assert "SIGKILL" in told
     assert "\n" not in told
-    assert "serving again" in own.until("notice")["message"]
-    assert _accepts(serving["addresses"][room])
+    assert "serving again" in victim.until("notice")["message"]
+    assert _accepts(victim.environment[f"TOLLGATE_{room.upper()}_ADDRESS"])
 
 
-def test_the_database_that_dies_is_started_again(own: Up) -> None:
+def test_the_database_that_dies_is_started_again(victim: Up) -> None:
     """kill -9 of the embedded PostgreSQL is told in one line, and commands work again."""
-    own.until("serving")
-    pid_file = Path(own.environment["TOLLGATE_STATE_DIR"], "postgres/cluster/data/postmaster.pid")
+    pid_file = Path(
+        victim.environment["TOLLGATE_STATE_DIR"], "postgres/cluster/data/postmaster.pid"
+    )
     os.kill(int(pid_file.read_text().split()[0]), signal.SIGKILL)
-    assert "database" in own.until("notice")["message"]
+    assert "database" in victim.until("notice")["message"]
     assert wait_until(
-        lambda: tollgate("limits", environment=own.environment).returncode == 0, START_TIMEOUT_S
+        lambda: tollgate("limits", environment=victim.environment).returncode == 0, START_TIMEOUT_S
     )
 
 
@@ -153,11 +156,11 @@ def test_a_state_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> No
 
 def test_a_daemon_that_cannot_start_is_one_line_with_its_own_words(tmp_path: Path) -> None:
     """A setting that only the daemon knows to be wrong is shown as the daemon said it."""
-    environment = environment_of(tmp_path / "state") | {"TOLLGATE_PARSER_PROVIDERS": "nobody"}
+    environment = environment_of(tmp_path / "state") | {"TOLLGATE_EMBEDDER_PROVIDERS": "nobody"}
     refused = tollgate("up", environment=environment)
     assert refused.returncode == 1
-    assert "parser daemon" in refused.stderr
-    assert "TOLLGATE_PARSER_PROVIDERS" in refused.stderr
+    assert "embedder daemon" in refused.stderr
+    assert "TOLLGATE_EMBEDDER_PROVIDERS" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 
