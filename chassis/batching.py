@@ -34,6 +34,9 @@ class Batcher(Generic[Item, Result]):
 
     A batch belongs to no single caller, so it runs in a copy of the context in which the batcher
     was made, not in that of whoever happened to wake it. One batcher serves one event loop.
+
+    With `breath_s` a worker that has answered a batch waits so long before it takes the next, so
+    that under load batches are fewer and larger; an idle batcher still sends at once.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Batcher(Generic[Item, Result]):
         weight: Callable[[Item], int] | None = None,
         weight_max: int | None = None,
         in_flight: int = 1,
+        breath_s: float = 0.0,
         on_batch: Callable[[int], None] | None = None,
     ) -> None:
         if min(items_max, waiting_max, in_flight) < 1:
@@ -57,6 +61,7 @@ class Batcher(Generic[Item, Result]):
         self._weight = None if weight_max is None else weight
         self._weight_max = sys.maxsize if weight_max is None else weight_max
         self._in_flight = in_flight
+        self._breath_s = breath_s
         self._on_batch = on_batch
         self._context = copy_context()
         self._waiting: deque[_Entry[Item, Result]] = deque()
@@ -114,6 +119,8 @@ class Batcher(Generic[Item, Result]):
                     self._wake(loop)
                 if batch:
                     await self._answer(batch)
+                    if self._breath_s and not self._closed:
+                        await asyncio.sleep(self._breath_s)
         finally:
             # Not left to the task's callback, which comes a turn later: an item submitted in
             # between would see a worker that is no more, and wait for ever.

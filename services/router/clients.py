@@ -46,7 +46,9 @@ _ROUTER = Call(tenant="tollgate", request_id="router")
 # A batch belongs to no trace: each of its items names its own.
 _NO_TRACE = f"00-{token_hex(16)}-{token_hex(8)}-00"
 
-# Settling is on nobody's path: a breath between two batches makes them fewer and larger.
+# A breath between two batches makes them fewer and larger. A call alone never waits for it: it
+# takes longer than that to be forwarded. Settling is on nobody's path.
+_AUTHORIZE_BREATH_S = 0.002
 _SETTLE_BREATH_S = 0.02
 
 _BATCH_MAX = 500
@@ -82,7 +84,6 @@ class LedgerPeer:
         self._peer = Peer(address, mesh)
         self._stub = cost_pb2_grpc.CostServiceStub(self._peer.channel)
         self._settle_for_s = settle_for_s
-        self._closing = False
         sizes = telemetry.meter().create_histogram(
             "tollgate.router.ledger_batch_size", unit="{item}", description="Items of a batch."
         )
@@ -96,12 +97,14 @@ class LedgerPeer:
                 self._authorize,
                 items_max=_BATCH_MAX,
                 waiting_max=waiting_max,
+                breath_s=_AUTHORIZE_BREATH_S,
                 on_batch=lambda size: sizes.record(size, {"tollgate.batch": "authorize"}),
             )
             self._ending: Batcher[_Ending, None] = Batcher(
                 self._end,
                 items_max=_BATCH_MAX,
                 waiting_max=100 * waiting_max,
+                breath_s=_SETTLE_BREATH_S,
                 on_batch=lambda size: sizes.record(size, {"tollgate.batch": "settle"}),
             )
 
@@ -127,7 +130,6 @@ class LedgerPeer:
 
     async def close(self, timeout_s: float) -> None:
         """Send what is pending, for so long at the most, then disconnect."""
-        self._closing = True
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._asking.close()
@@ -180,8 +182,6 @@ class LedgerPeer:
                         raise LedgerUnavailable("some holds could not be settled yet")
         except TollgateError:
             self._give_up(left)
-        if not self._closing:
-            await asyncio.sleep(_SETTLE_BREATH_S)
         return [None] * len(batch)
 
     async def _ended(self, batch: list[_Ending]) -> list[_Ending]:

@@ -281,3 +281,17 @@ def test_bounds_of_nothing_are_refused(bound: str) -> None:
     bounds = {"items_max": 1, "waiting_max": 1, "in_flight": 1} | {bound: 0}
     with pytest.raises(ValueError, match="at least 1"):
         Batcher(Doubler().run, **bounds)  # type: ignore[arg-type]  # all are int
+
+
+async def test_what_comes_in_a_breath_travels_together() -> None:
+    """With a breath the first item leaves at once, and what comes while it lasts is one batch."""
+    doubler = Doubler()
+    batcher = Batcher(doubler.run, items_max=9, waiting_max=9, breath_s=0.5)
+    assert await batcher.submit(1) == 2
+    gathered = []
+    for item in (2, 3, 4):
+        gathered.append(batcher.submit(item))
+        await turns()
+    assert await asyncio.gather(*gathered) == [4, 6, 8]
+    assert doubler.batches == [[1], [2, 3, 4]]
+    await batcher.close()

@@ -40,6 +40,8 @@ Behaviour = Callable[[embedder_pb2.EmbedRequest, Context], Awaitable[embedder_pb
 class Fickle(embedder_pb2_grpc.EmbedderServiceServicer):
     """A backend of one model that embeds as `behaviour` says, and remembers who asked."""
 
+    daemon: Daemon
+
     def __init__(self) -> None:
         self.behaviour: Behaviour = well
         self.asked: list[Call] = []
@@ -101,7 +103,7 @@ async def stand_in(
 ) -> AsyncIterator[tuple[Fickle, str]]:
     """The faulty backend on a real server."""
     fickle = Fickle()
-    daemon = Daemon("embedder", mesh, listen=listen)
+    daemon = fickle.daemon = Daemon("embedder", mesh, listen=listen)
     embedder_pb2_grpc.add_EmbedderServiceServicer_to_server(fickle, daemon.server)
     daemon.serves("tollgate.embedder.v1.EmbedderService", providers=["fickle"])
     async with daemon.serving():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import asyncpg
 import grpc
 import pytest
 from tollgate.cost.v1 import cost_pb2, limit_pb2
@@ -393,3 +394,51 @@ async def test_an_unexpected_fault_tells_nothing(standing: Standing) -> None:
     found = await standing.embed()
     assert isinstance(found.error, OutcomeUnknown)
     assert found.error.message == "the backend may have done the work"
+
+
+async def test_a_backend_that_dies_at_work_leaves_its_outcome_unknown(standing: Standing) -> None:
+    """A connection lost in the middle of a call is OUTCOME_UNKNOWN, and the hold stays."""
+    daemon = standing.fickle.daemon
+
+    async def dying(request: Any, context: Any) -> Any:
+        task = asyncio.create_task(daemon.server.stop(0))
+        await asyncio.sleep(60)
+        await task
+
+    standing.fickle.behaviour = dying
+    found = await standing.embed()
+    assert isinstance(found.error, OutcomeUnknown)
+    assert found.error.metadata["hold_id"] == found.receipt.hold_id
+    await standing.settled("HELD")
+
+
+async def test_a_hold_whose_caller_has_gone_is_released(standing: Standing) -> None:
+    """A caller that leaves while the ledger decides leaves nothing held, and nothing is sent."""
+    assert standing.mesh.database_url is not None
+    connection = await asyncpg.connect(standing.mesh.database_url.get_secret_value())
+    try:
+        async with connection.transaction():
+            await connection.execute("LOCK TABLE cost.holds IN ACCESS EXCLUSIVE MODE")
+            call = asyncio.create_task(standing.embed())
+            await _until_waiting(connection)
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+            # The gate hears of it on its own connection, a moment later.
+            await asyncio.sleep(0.3)
+    finally:
+        await connection.close()
+    await standing.settled("RELEASED")
+    assert standing.fickle.asked == []
+
+
+async def _until_waiting(connection: Any) -> None:
+    """Until somebody waits for a lock in this database."""
+    for _ in range(200):
+        waiting = await connection.fetchval(
+            "SELECT count(*) FROM pg_stat_activity "
+            "WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+        if waiting:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("nobody waits for the lock")

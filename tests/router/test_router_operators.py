@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 from pydantic import SecretStr, ValidationError
 from tollgate.cost.v1 import cost_pb2
+from tollgate.embedder.v1 import embedder_pb2
 from tollgate.router.v1 import router_pb2
 
 from chassis.call import CALL_ID
@@ -18,6 +19,7 @@ from chassis.errors import (
     InvalidField,
     LedgerUnavailable,
     NoBackend,
+    Overloaded,
     ProviderUnavailable,
     TollgateError,
     Unauthenticated,
@@ -29,7 +31,14 @@ from services.router import main as router
 from services.router.core.routes import Mode
 from services.router.store import MIGRATIONS
 from tests.router.conftest import started
-from tests.router.router_standing import Answered, Standing, answered, stand_in, well
+from tests.router.router_standing import (
+    Answered,
+    Context,
+    Standing,
+    answered,
+    stand_in,
+    well,
+)
 
 EMBEDDER = "tollgate.embedder.v1.EmbedderService"
 
@@ -269,6 +278,40 @@ async def test_a_router_serves_without_its_database(mesh: MeshSettings) -> None:
             refused = await _set_mode(blind, "embedder", router_pb2.MODE_REAL)
             assert isinstance(refused.error, ProviderUnavailable)
             await blind.close()
+
+
+async def test_too_many_calls_are_refused_before_anything_is_held(mesh: MeshSettings) -> None:
+    """With as many calls under way as there may be, the next is OVERLOADED, with no hold."""
+    async with started(mesh) as standing:
+        begun, go_on = asyncio.Event(), asyncio.Event()
+
+        async def slow(
+            request: embedder_pb2.EmbedRequest, context: Context
+        ) -> embedder_pb2.EmbedResponse:
+            begun.set()
+            await go_on.wait()
+            return await well(request, context)
+
+        standing.fickle.behaviour = slow
+        small = standing.mesh.model_copy(update={"calls_max": 1})
+        listed = await standing.router.ListBackends(router_pb2.ListBackendsRequest())
+        backend = {
+            "service": EMBEDDER,
+            "provider": "fickle",
+            "kind": "REAL",
+            "address": listed.backends[0].address,
+        }
+        own = router.Settings.model_validate({"listen": "127.0.0.1:0", "backends": [backend]})
+        async with router.wire(small, own) as gate:
+            narrow = Standing(small, gate.address, standing.fickle)
+            await narrow.ready()
+            first = asyncio.create_task(narrow.embed())
+            await begun.wait()
+            assert isinstance((await narrow.embed()).error, Overloaded)
+            go_on.set()
+            assert (await first).answer
+            await standing.settled("SETTLED")
+            await narrow.close()
 
 
 async def test_the_router_s_role_may_only_add_and_read(mesh: MeshSettings) -> None:

@@ -155,10 +155,12 @@ def test_without_a_grant_only_mocks_may_be_chosen() -> None:
     assert _chosen([REAL, MOCK], Wish(Mode.REAL, "mock")) == "mock"
 
 
-def test_the_corpus_has_no_mode_of_its_own() -> None:
-    """A call's mode and provider are for what the corpus calls, not for the corpus."""
-    asked = wished("corpus", {}, mode="MOCK", provider="mock", may_choose=False)
-    assert asked == Wish(Mode.REAL)
+@pytest.mark.parametrize(("mode", "provider"), [("MOCK", ""), ("", "mock"), ("REAL", "corpus")])
+def test_the_corpus_has_no_mode_of_its_own(mode: str, provider: str) -> None:
+    """A mode or provider for the corpus is refused: ignoring MOCK would spend genuine money."""
+    with pytest.raises(InvalidField):
+        wished("corpus", {}, mode=mode, provider=provider, may_choose=True)
+    assert wished("corpus", {}, mode="", provider="", may_choose=False) == Wish(Mode.REAL)
 
 
 def test_a_backend_that_could_not_be_reached_rests_for_a_moment() -> None:

@@ -21,8 +21,10 @@ from chassis.errors import (
     DocumentUnreadable,
     InvalidField,
     NotFound,
+    ProviderUnavailable,
     TollgateError,
 )
+from chassis.server import Daemon
 from chassis.settings import MeshSettings
 from services.cost import main as cost
 from services.parser import main as parser
@@ -274,6 +276,65 @@ async def test_leaving_a_parse_is_no_fault(whole: Mesh) -> None:
     assert found.error is None
     listed = await whole.router.ListBackends(router_pb2.ListBackendsRequest(service="parser"))
     assert sum(backend.in_flight for backend in listed.backends) == 0
+
+
+class Broken(parser_pb2_grpc.ParserServiceServicer):
+    """A parser whose streams break after their first event, or before it."""
+
+    events = 1
+
+    async def Parse(
+        self, request: parser_pb2.ParseRequest, context: Any
+    ) -> AsyncIterator[parser_pb2.ParseResponse]:
+        for _ in range(self.events):
+            yield parser_pb2.ParseResponse(accepted=parser_pb2.Accepted(job_id="job"))
+        raise ProviderUnavailable("it broke")
+
+    async def Inspect(
+        self, request: parser_pb2.InspectRequest, context: Any
+    ) -> parser_pb2.InspectResponse:
+        return parser_pb2.InspectResponse(page_count=1)
+
+    async def ListProviders(
+        self, request: parser_pb2.ListProvidersRequest, context: Any
+    ) -> parser_pb2.ListProvidersResponse:
+        return parser_pb2.ListProvidersResponse()
+
+
+async def test_nothing_is_tried_again_once_an_answer_has_begun(whole: Mesh) -> None:
+    """A stream that breaks before its first event falls back; after it, it fails as it is."""
+    broken, service = Broken(), "tollgate.parser.v1.ParserService"
+    daemon = Daemon("parser", whole.mesh, listen="127.0.0.1:0")
+    parser_pb2_grpc.add_ParserServiceServicer_to_server(broken, daemon.server)
+    daemon.serves(service, providers=["local"])
+    document = parser_pb2.Document(content=TEXT, media_type="text/markdown")
+    async with daemon.serving():
+        backends = [
+            {"service": service, "provider": "local", "kind": "REAL", "address": daemon.address},
+            {
+                "service": service,
+                "provider": "mock",
+                "kind": "MOCK",
+                "address": whole.mesh.parser_address,
+            },
+        ]
+        own = router.Settings.model_validate(
+            {"listen": "127.0.0.1:0", "backends": backends, "mode": "HYBRID"}
+        )
+        async with router.wire(whole.mesh, own) as gate:
+            client = Mesh(whole.mesh, gate.address)
+            await client.ready()
+            begun = await client.parse(document=document, max_pages=50)
+            assert isinstance(begun.error, ProviderUnavailable)
+            assert len(begun.answers) == 1
+            assert begun.provenance.provider == "local"
+            broken.events = 0
+            fallen = await client.parse(document=document, max_pages=50)
+            assert fallen.error is None
+            assert fallen.provenance.provider == "mock"
+            assert list(fallen.provenance.fell_back_from) == ["local"]
+            await client.close()
+    await whole.settled("SETTLED", "RELEASED", "RELEASED")
 
 
 async def test_vectors_pass_through(whole: Mesh) -> None:

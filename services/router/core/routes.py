@@ -165,6 +165,10 @@ def wished(service: str, modes: Modes, *, mode: str, provider: str, may_choose: 
     """
     standing = modes[service].mode if service in modes else Mode.REAL
     if service not in MODAL_SERVICES:
+        if mode or provider:
+            # Ignoring it could spend genuine money where the caller asked for a mock.
+            field = "tollgate-mode" if mode else "tollgate-provider"
+            raise InvalidField.of(field, f"cannot be chosen for the {service}: it has none")
         return Wish(Mode.REAL)
     if not mode:
         return Wish(standing, provider)

@@ -30,7 +30,6 @@ from chassis.client import MARGIN_S
 from chassis.errors import (
     Billed,
     CallReplayed,
-    Cancelled,
     DeadlineExceeded,
     InvalidField,
     NoBackend,
@@ -436,9 +435,9 @@ class Gate:
             passage.state = cost_pb2.HOLD_STATE_RELEASED
             return error
         metadata = error.metadata | {"hold_id": hold.id}
-        if isinstance(error, DeadlineExceeded | Cancelled):
+        if isinstance(error, DeadlineExceeded):
             self._left(hold, bound)
-            return rebuilt(type(error), error.message, [], None, metadata, Billed.UNKNOWN)
+            return rebuilt(DeadlineExceeded, error.message, [], None, metadata, Billed.UNKNOWN)
         # The hold is left to expire, which charges it: nobody knows what the backend did.
         passage.expected_nanos_usd = hold.held_nanos_usd
         return OutcomeUnknown("the backend may have done the work", metadata=metadata)
@@ -479,14 +478,13 @@ class Gate:
         call = passage.call
         signed = Call(call.tenant, call.project, call.request_id, hold_id=hold)
         traceparent = telemetry.traceparent() if passage.span else passage.traceparent
-        pairs = [
-            (calls.IDENTITY, sign(signed, self._secret)),
-            (calls.PROVIDER, backend.provider),
-            (calls.TRACEPARENT, traceparent),
-        ]
-        if call.mode and backend.route.service == "corpus":
-            pairs.append((calls.MODE, call.mode))
-        return Pairs(pairs)
+        return Pairs(
+            (
+                (calls.IDENTITY, sign(signed, self._secret)),
+                (calls.PROVIDER, backend.provider),
+                (calls.TRACEPARENT, traceparent),
+            )
+        )
 
     async def _ask(
         self, backend: Backend, method: str, request: Message, answer: type[Asked]
@@ -497,11 +495,11 @@ class Gate:
         line = self._lines.unary(backend, f"{backend.route.grpc_service}/{method}")
         identity = sign(Call(call.tenant, call.project, call.request_id), self._secret)
         metadata = Pairs(
-            [
+            (
                 (calls.IDENTITY, identity),
                 (calls.PROVIDER, backend.provider),
                 (calls.TRACEPARENT, telemetry.traceparent()),
-            ]
+            )
         )
         timeout_s = _ASK_S if left_s is None else min(_ASK_S, max(left_s - MARGIN_S, 0.0))
         try:
