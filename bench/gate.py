@@ -97,7 +97,7 @@ def mesh(*, only: tuple[str, ...] = ()) -> Iterator[Mesh]:
         yield started
 
 
-def measure(seconds: float = 4.0, rounds: int = 3) -> dict[str, float]:
+def measure(seconds: float = 3.0, rounds: int = 2) -> dict[str, float]:
     """The figures of one run, each a median over rounds. Raises BenchError."""
     with mesh() as running:
         found: dict[str, list[float]] = {}
