@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -44,8 +45,11 @@ Run = Callable[[str, Ticket, int], Awaitable[float | None]]
 
 _DEQUEUE_TIMEOUT = timedelta(seconds=1)
 _BATCH = 8
-_RECONNECT_S = 0.3
+_RECONNECT_MAX_S = 2.0
+# A queue that worked this long was well, whatever ended it.
+_STEADY_S = 5.0
 _TEND_S = 2.0
+_PRUNE_S = 60.0
 _LOG_KEPT = timedelta(days=1)
 
 
@@ -153,7 +157,9 @@ class Workers:
     async def _serve(self, limits: Mapping[str, int]) -> None:
         """Work through one class of jobs, dialling the database again whenever it went away."""
         slots = {str(job): asyncio.Semaphore(limit) for job, limit in limits.items()}
+        failures = 0
         while not self._stopping.is_set():
+            began = time.monotonic()
             try:
                 await self._work_off(slots, sum(limits.values()))
             except Exception as error:
@@ -162,7 +168,8 @@ class Workers:
                     exc_info=error,
                     extra={"fields": {"jobs": list(slots)}},
                 )
-            await self._pause(_RECONNECT_S)
+            failures = 0 if time.monotonic() - began > _STEADY_S else failures + 1
+            await self._pause(backoff_s(failures, most_s=_RECONNECT_MAX_S))
 
     async def _work_off(self, slots: Mapping[str, asyncio.Semaphore], at_once: int) -> None:
         connection = await asyncpg.connect(
@@ -171,14 +178,14 @@ class Workers:
             command_timeout=10.0,
             server_settings={"role": self._role, "application_name": "tollgate-corpus-jobs"},
         )
-        manager = QueueManager(_queries(connection), CHANNEL)
+        dequeuing = QueueManager(_queries(connection), CHANNEL)
         for job, slot in slots.items():
-            manager.entrypoint(job, on_failure="hold")(self._entrypoint(slot))
-        self._shutdowns.add(manager.shutdown)
+            dequeuing.entrypoint(job, on_failure="hold")(self._entrypoint(slot))
+        self._shutdowns.add(dequeuing.shutdown)
         try:
             if self._stopping.is_set():
                 return
-            await manager.run(
+            await dequeuing.run(
                 dequeue_timeout=_DEQUEUE_TIMEOUT,
                 batch_size=_BATCH,
                 # More than run at once: what comes next is at hand when a slot gets free.
@@ -188,7 +195,7 @@ class Workers:
                 log_aggregation_interval=timedelta(0),
             )
         finally:
-            self._shutdowns.discard(manager.shutdown)
+            self._shutdowns.discard(dequeuing.shutdown)
             connection.terminate()
 
     def _entrypoint(self, slot: asyncio.Semaphore) -> Callable[[Job], Awaitable[None]]:
@@ -222,28 +229,38 @@ class Workers:
 
     async def _tend(self) -> None:
         """Put back what PgQueuer gave up on, and drop old lines of its log."""
+        pruned = 0.0
         while not self._stopping.is_set():
+            prune = time.monotonic() - pruned > _PRUNE_S
             try:
                 async with transaction(self._pool) as connection:
-                    await self._put_back(connection)
+                    await _put_back(connection)
+                    if prune:
+                        await _prune(connection)
+                        pruned = time.monotonic()
             except Exception as error:
                 if not is_database_away(error):
                     log.exception("cannot tend to the job queue")
             await self._pause(_TEND_S)
 
-    async def _put_back(self, connection: Connection) -> None:
-        queries = _queries(connection)
-        held = await queries.list_failed_jobs()
-        if held:
-            await queries.requeue_jobs([job.id for job in held])
-        await connection.execute(
-            f"""DELETE FROM {SCHEMA}.pgqueuer_log WHERE id IN (
-                  SELECT id FROM {SCHEMA}.pgqueuer_log
-                  WHERE created < now() - $1::interval ORDER BY created LIMIT 1000)""",
-            _LOG_KEPT,
-        )
-
     async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
+
+
+async def _put_back(connection: Connection) -> None:
+    queries = _queries(connection)
+    held = await queries.list_failed_jobs()
+    if held:
+        await queries.requeue_jobs([job.id for job in held])
+
+
+async def _prune(connection: Connection) -> None:
+    log_table = _builders()[0].settings.qualified.queue_table_log
+    await connection.execute(
+        f"""DELETE FROM {log_table} WHERE id IN (
+              SELECT id FROM {log_table} WHERE created < now() - $1::interval
+              ORDER BY created LIMIT 10000)""",
+        _LOG_KEPT,
+    )
