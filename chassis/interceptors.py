@@ -11,7 +11,7 @@ import inspect
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,6 +27,9 @@ from chassis.identity import verify
 from chassis.status import to_grpc
 
 log = logging.getLogger(__name__)
+
+LINGER_S = 0.5
+LINGER_MESSAGES_MAX = 64
 
 Metadata = dict[str, str | bytes]
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -195,6 +198,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
             try:
                 return await _descend(serving, lambda: behaviour(request, context), 0)
             except TollgateError as error:
+                if handler.request_streaming:
+                    await _linger(context)
                 status = to_grpc(error)
                 # What the call has set already, its receipt for one, goes out with the error.
                 trailers = tuple(status.trailing_metadata) + tuple(context.trailing_metadata())
@@ -210,6 +215,19 @@ def _descend(serving: Serving, proceed: Proceed, depth: int) -> Awaitable[Any]:
     if depth == len(LAYERS):
         return proceed()
     return LAYERS[depth](serving, lambda: _descend(serving, proceed, depth + 1))
+
+
+async def _linger(context: Context) -> None:
+    """Read on for a moment after an upload was refused, so that its sender can read why.
+
+    A sender whose write meets a closed stream may see that instead of the status: in gRPC's own
+    Python client the write wins, and the reason is lost.
+    """
+    with suppress(Exception):
+        async with asyncio.timeout(LINGER_S):
+            for _ in range(LINGER_MESSAGES_MAX):
+                if await context.read() is grpc.aio.EOF:
+                    return
 
 
 async def _write_all(behaviour: Any, request: Any, context: Context) -> None:
