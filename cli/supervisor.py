@@ -114,6 +114,7 @@ class Supervisor:
             self._claim()
             await self._unless_told(self._start())
             watching = asyncio.create_task(self._watch())
+            watching.add_done_callback(self._watched)
             yield
         finally:
             if watching is not None:
@@ -298,6 +299,12 @@ class Supervisor:
         return f"the {room.name} daemon {_ending(code)}{said} (its log is {room.log})"
 
     # --- watching -----------------------------------------------------------------------------
+
+    def _watched(self, watching: asyncio.Task[None]) -> None:
+        """Nobody keeps a mesh whose supervisor has failed: say so, and stop all of it."""
+        if not watching.cancelled() and (error := watching.exception()) is not None:
+            self.report.line(f"the supervisor failed ({type(error).__name__}: {error})")
+            self.stopping.set()
 
     async def _watch(self) -> None:
         await _all(*(self._keep(room) for room in self._rooms.values()), self._keep_database())

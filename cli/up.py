@@ -71,8 +71,8 @@ async def up(session: Session) -> None:
 class Told:
     """How far the mesh is: a line that changes for each daemon on a terminal, else plain lines."""
 
-    def __init__(self, terminal: Terminal) -> None:
-        self._terminal = terminal
+    def __init__(self, terminal: Terminal, *, with_events: bool = True) -> None:
+        self._terminal, self._with_events = terminal, with_events
         self._states = dict.fromkeys(("database", *ROOMS), "waiting")
         self._live: Live | None = None
 
@@ -107,12 +107,16 @@ class Told:
 
     def _progress(self, name: str, state: str) -> None:
         self._states[name] = state
-        self._terminal.json({"event": "progress", "of": name, "state": state}, in_one_line=True)
+        self._event({"event": "progress", "of": name, "state": state})
         if self._live is None and not self._terminal.console.is_terminal:
             self._terminal.say(f"{name}: {state}")
 
+    def _event(self, event: dict[str, str]) -> None:
+        if self._with_events:
+            self._terminal.json(event, in_one_line=True)
+
     def _line(self, text: str) -> None:
-        self._terminal.json({"event": "notice", "message": text}, in_one_line=True)
+        self._event({"event": "notice", "message": text})
         clock = time.strftime("%H:%M:%S")
         self._terminal.say(f"[dim]{clock}[/] {escape(text)}")
 

@@ -78,7 +78,7 @@ async def demo(
     mine = session.with_mesh(_mesh(session.mesh))
     supervisor = Supervisor(
         mine.mesh,
-        (told := Told(terminal)).reporter(),
+        (told := Told(terminal, with_events=False)).reporter(),
         environment=_ENVIRONMENT | _listening(mine.mesh),
         prepare=lambda url: _fresh(url, mine.mesh.state_dir),
     )
