@@ -40,8 +40,12 @@ class ParserService(parser_pb2_grpc.ParserServiceServicer):
         ):
             async for event in events:
                 if isinstance(event, core.Summary):
+                    # A stored document's bytes were counted where it was read.
+                    inline = request.document.WhichOneof("source") == "content"
                     usage = usage_pb2.Usage(
-                        pages=event.usage.pages, bytes=event.usage.bytes, requests=1
+                        pages=event.usage.pages,
+                        bytes=event.usage.bytes if inline else 0,
+                        requests=1,
                     )
                     stamp(context, usage=usage, provenance=_provenance(provider))
                 yield _event(event, document)

@@ -124,17 +124,17 @@ async def _counting(request: embedder_pb2.CountTokensRequest, backend: Backend, 
 
 
 async def _parsing(request: parser_pb2.ParseRequest, backend: Backend, ask: Ask) -> Bound:
-    """Pages: as many as the caller allows, else as many as there are; bytes: the document's."""
+    """Pages: as many as the caller allows, else as many as there are.
+
+    Bytes: those of an inline document; a stored one's are counted where the parser reads it.
+    """
     if request.max_pages < 0:
         raise InvalidField.of("max_pages", "must not be negative")
-    if request.max_pages and request.document.WhichOneof("source") != "object":
-        size_bytes = len(request.document.content)
+    size_bytes = len(request.document.content)
+    if request.max_pages:
         return Bound(Units(pages=request.max_pages, bytes=size_bytes, requests=1))
     inspect = parser_pb2.InspectRequest(document=request.document)
     found = await ask(backend, "Inspect", inspect, parser_pb2.InspectResponse)
-    size_bytes = found.size_bytes
-    if request.max_pages:
-        return Bound(Units(pages=request.max_pages, bytes=size_bytes, requests=1))
     if found.encrypted:
         raise DocumentEncrypted("the document needs a password")
     if not found.HasField("page_count"):
