@@ -238,8 +238,10 @@ class Book:
     def _enter(self, hold: Hold, entry: Entry) -> None:
         """Write a line; what one batch does to a hold is one line in the end."""
         self.entries.append(entry)
-        _, before = self.resolved.get(_key(hold), (hold, None))
-        self.resolved[_key(hold)] = (hold, entry if before is None else _sum(before, entry))
+        key = _key(hold)
+        if (before := self.resolved.get(key)) is not None and before[1] is not None:
+            entry = _sum(before[1], entry)
+        self.resolved[key] = (hold, entry)
 
     def _counter(self, limit: Limit, name: str, at: datetime) -> Counter:
         when = (limit.window, limit.time_zone, at)

@@ -98,9 +98,9 @@ CREATE INDEX holds_age ON holds USING brin (create_time) WITH (autosummarize = o
 
 DO $$
 BEGIN
-    FOR part IN 0..7 LOOP
+    FOR part IN 0..3 LOOP
         EXECUTE format(
-            'CREATE TABLE holds_%s PARTITION OF holds FOR VALUES WITH (MODULUS 8, REMAINDER %s) '
+            'CREATE TABLE holds_%s PARTITION OF holds FOR VALUES WITH (MODULUS 4, REMAINDER %s) '
             'WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_insert_scale_factor = 0.5)',
             part, part
         );

@@ -57,10 +57,14 @@ class Scopes:
     """Scopes that were checked before, so that each is checked once."""
 
     def __init__(self) -> None:
-        self._known: dict[Scope, Scope] = {}
+        self._known: dict[tuple[bytes, str], Scope] = {}
 
     def of(self, asked: usage_pb2.Scope, operation: str) -> Scope:
         """The scope of a call. Raises InvalidField naming every field at fault."""
+        key = (asked.SerializeToString(), operation)
+        known = self._known.get(key)
+        if known is not None:
+            return known
         scope = Scope(
             asked.tenant,
             asked.project,
@@ -70,13 +74,10 @@ class Scopes:
             operation,
             asked.simulated,
         )
-        known = self._known.get(scope)
-        if known is not None:
-            return known
         _check_scope(scope)
         if len(self._known) >= _REMEMBERED_MAX:
             self._known.clear()
-        self._known[scope] = scope
+        self._known[key] = scope
         return scope
 
 

@@ -6,10 +6,13 @@ older holds locked; counters locked; decided by `core.ledger`; written; committe
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
-from operator import add
 from typing import Any, Final, NamedTuple, TypeAlias
+
+import asyncpg
 
 from chassis.errors import Billed, DeadlineExceeded, InvalidField, TollgateError
 from chassis.postgres import Connection, Pool, transaction
@@ -29,7 +32,7 @@ from services.cost.core.windows import EPOCH, quarter_hour
 from services.cost.store.accounts import Accounts
 from services.cost.store.catalog import LOCK, Catalog
 from services.cost.store.reach import is_away
-from services.cost.store.rows import HOLD_COLUMNS, from_denial, to_hold
+from services.cost.store.rows import HOLD_COLUMNS, HoldReader, from_denial
 
 Result: TypeAlias = Outcome | TollgateError
 ACQUIRE_TIMEOUT_S: Final = 5.0
@@ -191,6 +194,8 @@ class Batch:
         self.fresh: set[str] = set()
         """The keys whose ids this batch claimed."""
         self.holds: dict[str, Hold] = {}
+        self.expire_times: dict[int, datetime] = {}
+        """When holds of this batch expire, by their time to live in milliseconds."""
         self.denied: list[Hold] = []
         self.admitted: list[Hold] = []
 
@@ -209,9 +214,9 @@ class BatchStore:
         self._counters_known: set[CounterKey] = set()
 
     async def run(
-        self, orders: Sequence[Order], catalog: Catalog, committed_at: datetime | None = None
+        self, orders: Sequence[Order], catalog: Catalog, commits: Collection[datetime] = ()
     ) -> Batch:
-        """Decide, write and commit. Holds of the time `committed_at` are this batch's own.
+        """Decide, write and commit. Holds of the times `commits` are this batch's own.
 
         Raises the errors above, and what asyncpg raises; then nothing was written, or nobody knows.
         """
@@ -223,7 +228,7 @@ class BatchStore:
                 await self._claim(connection, batch)
                 await self._lock_holds(connection, batch)
                 await self._lock_counters(connection, batch)
-                _decide(batch, committed_at)
+                _decide(batch, commits)
                 await _write(connection, batch)
             except BaseException:
                 await _roll_back(connection)
@@ -301,10 +306,10 @@ class BatchStore:
         ids, tenants = _columns(keys.values(), 2)
         rows = await connection.fetch(_LOCK_HOLDS, _plain(ids), _joined(tenants))
         await self._accounts.know_numbers(connection, [row[1] for row in rows])
-        names, catalog = list(keys.items()), batch.catalog
+        names, read = list(keys.items()), HoldReader(self._accounts, batch.catalog)
         for row in rows:
             key, (hold_id, _) = names[row[0] - 1]
-            batch.holds[key] = to_hold(hold_id, row, self._accounts, catalog)
+            batch.holds[key] = read.hold(hold_id, row)
 
     async def _lock_counters(self, connection: Connection, batch: Batch) -> None:
         """Lock and read every counter that an order may touch, making those that are missing."""
@@ -327,7 +332,7 @@ class BatchStore:
             book.counters[keys[place - 1]].load(held, settled)
 
 
-def _decide(batch: Batch, committed_at: datetime | None) -> None:
+def _decide(batch: Batch, commits: Collection[datetime]) -> None:
     """Resolutions first, so that freed money is usable at once; else in order of arrival."""
     book, holds, results = batch.book, batch.holds, batch.results
     for place, order in enumerate(batch.orders):
@@ -349,7 +354,7 @@ def _decide(batch: Batch, committed_at: datetime | None) -> None:
             continue
         try:
             hold = same_call(known, priced.order, priced.account)
-            results[place] = Decision(hold, replayed=hold.create_time != committed_at)
+            results[place] = Decision(hold, replayed=hold.create_time not in commits)
         except TollgateError as error:
             results[place] = error
 
@@ -362,6 +367,10 @@ def _admit(batch: Batch, place: int, priced: Priced) -> Hold:
         denial = book.admit(account, nanos_usd, order.bound)
     except InvalidField as error:
         raise ItemFaultError(place, error) from None
+    expire_time = batch.expire_times.get(order.ttl_ms)
+    if expire_time is None:
+        expire_time = book.now + timedelta(milliseconds=order.ttl_ms)
+        batch.expire_times[order.ttl_ms] = expire_time
     hold = Hold(
         order.hold_id,
         account,
@@ -372,7 +381,7 @@ def _admit(batch: Batch, place: int, priced: Priced) -> Hold:
         rate,
         State.HELD if denial is None else State.DENIED,
         book.now,
-        book.now + timedelta(milliseconds=order.ttl_ms),
+        expire_time,
         denial=denial,
     )
     (batch.admitted if denial is None else batch.denied).append(hold)
@@ -419,32 +428,27 @@ async def _write_holds(connection: Connection, book: Book) -> None:
         _plain(ids),
         _joined(tenants),
         *map(_numbers, numbers),
-        *_columns(_rollups(book.entries), 9),
+        *_columns(_rollups(book), 9),
     )
     if count != len(rows):
         raise BrokenPromiseError(f"{count} where {len(rows)} rows were locked")
 
 
 def _entry_columns(entry: Entry) -> Sequence[int]:
-    return (
-        entry.kind,
-        *entry.usage,
-        entry.charged_nanos_usd,
-        entry.unconfirmed_nanos_usd,
-        entry.charges,
-    )
+    _, _, kind, _, usage, charged, unconfirmed, _, charges = entry
+    return (kind, *usage, charged, unconfirmed, charges)
 
 
-def _rollups(entries: list[Entry]) -> list[Sequence[object]]:
+def _rollups(book: Book) -> list[Sequence[object]]:
+    """The sums of a batch by quarter of an hour and account, sorted."""
+    groups: dict[tuple[Account, datetime], list[Sequence[int]]] = defaultdict(list)
+    for _, entry in book.resolved.values():
+        if entry is not None:
+            groups[entry.account, entry.hold_time].append(_entry_columns(entry)[1:])
     sums: dict[tuple[datetime, int], list[int]] = {}
-    for entry in entries:
-        row = _entry_columns(entry)[1:]
-        key = (quarter_hour(entry.hold_time), entry.account.number)
-        known = sums.get(key)
-        if known is None:
-            sums[key] = list(row)
-        else:
-            known[:] = map(add, known, row)
+    for (account, at), rows in groups.items():
+        key = (quarter_hour(at), account.number)
+        sums[key] = list(map(sum, zip(*rows, sums.get(key, _NO_SUM), strict=True)))
     return [(*key, *sums[key]) for key in sorted(sums)]
 
 
@@ -466,6 +470,7 @@ async def _write_counters(connection: Connection, book: Book) -> None:
 
 _NOT_USED: Final = (-1, -1, -1, -1)
 _NO_ENTRY: Final = (0, 0, 0, 0, 0, 0, 0, 0)
+_NO_SUM: Final = (0, 0, 0, 0, 0, 0, 0)
 
 
 def _begin(connection: Connection) -> str:
@@ -489,10 +494,13 @@ async def _commit(connection: Connection, batch: Batch) -> None:
 
 
 async def _roll_back(connection: Connection) -> None:
+    """Leave the transaction; a connection that cannot is not used again."""
     try:
         await connection.execute("ROLLBACK")
     except Exception:
-        connection.terminate()
+        # The pool takes a connection that died away from us by itself.
+        with suppress(asyncpg.InterfaceError):
+            connection.terminate()
 
 
 def _expect(rows: int, status: str) -> None:

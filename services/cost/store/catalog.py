@@ -115,10 +115,17 @@ class CatalogStore:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._catalog: Catalog | None = None
+        self._is_stale = False
 
     async def get(self) -> Catalog:
         """The catalog as last read."""
-        return self._catalog or await self.reload()
+        if self._catalog is None or self._is_stale:
+            return await self.reload()
+        return self._catalog
+
+    def forget(self) -> None:
+        """Read anew what changed, the next time it is asked for."""
+        self._is_stale = True
 
     async def reload(self) -> Catalog:
         """Read what changed."""
@@ -134,6 +141,7 @@ class CatalogStore:
                     prices = PriceList(map(to_price, await connection.fetch(_PRICES)))
             else:
                 limits, prices = known.limits, known.prices
+            self._is_stale = False
         since, until = prices.steady(now)
         self._catalog = Catalog(version, price_version, limits, prices, since, until)
         return self._catalog

@@ -11,7 +11,7 @@ from typing import Final, TypeAlias
 import asyncpg
 
 from chassis.batching import Batcher
-from chassis.errors import Internal, InvalidField
+from chassis.errors import Internal, InvalidField, LedgerUnavailable
 from chassis.postgres import Pool
 from services.cost.core.holds import Action, Order, Resolution
 from services.cost.store.accounts import Accounts
@@ -29,6 +29,7 @@ from services.cost.store.reach import is_away, reach, unavailable
 log = logging.getLogger(__name__)
 
 _TRIES_MAX: Final = 6
+_LOST_TRIES_MAX: Final = 2
 _PAUSE_S: Final = 0.05
 _DUE: Final = """
 SELECT id::text, tenant FROM holds WHERE state = 1 AND expire_time <= now()
@@ -36,6 +37,13 @@ ORDER BY expire_time LIMIT $1
 """
 _PARTITIONS: Final = "SELECT make_entry_partitions($1)"
 _DAYS_AHEAD: Final = 7
+
+# The same batch may succeed when it is tried again: nothing of it was kept, or nobody knows.
+_PASSING: Final = (
+    StaleCatalogError,
+    asyncpg.DeadlockDetectedError,
+    asyncpg.SerializationError,
+)
 
 Work: TypeAlias = list[Order]
 
@@ -118,7 +126,7 @@ class Ledger:
         try:
             return await self._try(orders)
         except Exception as error:
-            if is_away(error) or isinstance(error, CommitUnknownError):
+            if _is_lost(error):
                 log.warning("the database is away", exc_info=error)
                 return [unavailable() for _ in orders]
             if len(orders) == 1:
@@ -133,45 +141,34 @@ class Ledger:
 
     async def _try(self, orders: Sequence[Order]) -> list[Result]:
         """Decide one batch. Raises what still fails when limits were read anew, and so on."""
-        committed_at: datetime | None = None
+        commits: set[datetime] = set()
         for tries in range(1, _TRIES_MAX + 1):
             try:
-                batch = await self._store.run(orders, await self._catalog.get(), committed_at)
+                batch = await self._store.run(orders, await self._catalog.get(), commits)
             except ItemFaultError as fault:
                 place = fault.place
                 others = await self._decide([*orders[:place], *orders[place + 1 :]])
                 return [*others[:place], fault.error, *others[place:]]
             except Exception as error:
-                if tries == _TRIES_MAX or not _is_passing(error):
-                    raise
                 if isinstance(error, CommitUnknownError):
-                    committed_at = error.at
+                    commits.add(error.at)
+                # Refuse soon, unless it matters what became of a commit.
+                tries_max = _TRIES_MAX if commits or not _is_lost(error) else _LOST_TRIES_MAX
+                if tries == tries_max or not (_is_lost(error) or isinstance(error, _PASSING)):
+                    raise
                 if isinstance(error, StaleCatalogError):
-                    await self._catalog.reload()
+                    self._catalog.forget()
                 else:
-                    await asyncio.sleep(_PAUSE_S * (1 << tries))
+                    await asyncio.sleep(_PAUSE_S * (1 << (tries - 1)))
             else:
                 self._on_commit(batch)
                 return [result for result in batch.results if result is not None]
         raise AssertionError("the last try returns or raises")
 
 
-def _is_passing(error: Exception) -> bool:
-    """Whether the same batch may succeed if it is tried again.
-
-    A connection that died before the commit took nothing with it.
-    """
-    return isinstance(
-        error,
-        StaleCatalogError
-        | CommitUnknownError
-        | asyncpg.DeadlockDetectedError
-        | asyncpg.SerializationError
-        | asyncpg.PostgresConnectionError
-        | asyncpg.AdminShutdownError
-        | asyncpg.CrashShutdownError
-        | asyncpg.CannotConnectNowError,
-    )
+def _is_lost(error: Exception) -> bool:
+    """Whether the database went away."""
+    return is_away(error) or isinstance(error, CommitUnknownError | LedgerUnavailable)
 
 
 def _fault(error: Exception) -> InvalidField | Internal:

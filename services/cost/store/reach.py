@@ -13,8 +13,15 @@ from chassis.postgres import Connection, Pool, is_database_away, transaction
 
 def is_away(error: BaseException) -> bool:
     """Whether the database cannot answer now; waiting too long for it is the same."""
+    if isinstance(error, asyncpg.InterfaceError) and "released back to the pool" in str(error):
+        return True  # It died between two statements, and the pool took it away.
     return is_database_away(error) or isinstance(
-        error, asyncpg.QueryCanceledError | asyncpg.LockNotAvailableError
+        error,
+        # A connection that died at an awkward moment leaves the driver in a state of no use.
+        asyncpg.InternalClientError
+        | asyncpg.QueryCanceledError
+        | asyncpg.LockNotAvailableError
+        | asyncpg.IdleInTransactionSessionTimeoutError,
     )
 
 

@@ -21,7 +21,7 @@ from services.cost.store.accounts import Accounts
 from services.cost.store.catalog import CatalogStore
 from services.cost.store.measure import measure
 from services.cost.store.reach import reach
-from services.cost.store.rows import HOLD_COLUMNS, to_hold
+from services.cost.store.rows import HOLD_COLUMNS, HoldReader
 
 COUNTERS_MAX: Final = 100
 
@@ -137,7 +137,7 @@ class Reports:
             if row is None:
                 raise hold_not_found(hold_id)
             await self._accounts.know_numbers(connection, [row["account"]])
-            return to_hold(hold_id, row, self._accounts, catalog)
+            return HoldReader(self._accounts, catalog).hold(hold_id, row)
 
     async def holds(
         self,
@@ -160,7 +160,8 @@ class Reports:
                 if len(rows) == count_max:
                     break
             await self._accounts.know_numbers(connection, [row["account"] for row in rows])
-            return [to_hold(str(row["id"]), row, self._accounts, catalog) for row in rows]
+            read = HoldReader(self._accounts, catalog)
+            return [read.hold(str(row["id"]), row) for row in rows]
 
     async def consumption(self, limits: Sequence[Limit], tenant: str = "") -> list[Consumption]:
         """The counters of limits in their current windows, at most 100 each, the fullest first."""

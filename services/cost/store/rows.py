@@ -22,48 +22,61 @@ HOLD_COLUMNS: Final = """account, request_id, tokens, pages, bytes, requests, he
 _STATES: Final = {int(state): state for state in State}
 
 
-def to_hold(hold_id: str, row: asyncpg.Record, accounts: Accounts, catalog: Catalog) -> Hold:
-    """A hold of a row that is one column and HOLD_COLUMNS; its account is known."""
-    (
-        _,
-        number,
-        request_id,
-        tokens,
-        pages,
-        size,
-        requests,
-        held,
-        price_version,
-        state,
-        create_time,
-        expire_time,
-        used_tokens,
-        used_pages,
-        used_bytes,
-        used_requests,
-        charged,
-        overrun,
-        unconfirmed,
-        denial,
-    ) = row
-    account = accounts.by_number[number]
-    return Hold(
-        hold_id,
-        account,
-        request_id,
-        Usage(tokens, pages, size, requests),
-        held,
-        price_version,
-        catalog.rate_of(account, price_version, create_time),
-        _STATES[state],
-        create_time,
-        expire_time,
-        None if used_tokens is None else Usage(used_tokens, used_pages, used_bytes, used_requests),
-        charged,
-        overrun,
-        unconfirmed,
-        None if denial is None else to_denial(denial),
-    )
+class HoldReader:
+    """Reads the rows of one batch; times that rows share are one object, which is quick to look up.
+
+    The accounts of the rows are known.
+    """
+
+    def __init__(self, accounts: Accounts, catalog: Catalog) -> None:
+        self._accounts, self._catalog = accounts, catalog
+        self._times: dict[datetime, datetime] = {}
+
+    def hold(self, hold_id: str, row: asyncpg.Record) -> Hold:
+        """A hold of a row that is one column and HOLD_COLUMNS."""
+        (
+            _,
+            number,
+            request_id,
+            tokens,
+            pages,
+            size,
+            requests,
+            held,
+            price_version,
+            state,
+            create_time,
+            expire_time,
+            used_tokens,
+            used_pages,
+            used_bytes,
+            used_requests,
+            charged,
+            overrun,
+            unconfirmed,
+            denial,
+        ) = row
+        create_time = self._times.setdefault(create_time, create_time)
+        account = self._accounts.by_number[number]
+        return Hold(
+            hold_id,
+            account,
+            request_id,
+            Usage(tokens, pages, size, requests),
+            held,
+            price_version,
+            self._catalog.rate_of(account, price_version, create_time),
+            _STATES[state],
+            create_time,
+            self._times.setdefault(expire_time, expire_time),
+            None
+            if used_tokens is None
+            else Usage(used_tokens, used_pages, used_bytes, used_requests),
+            charged,
+            overrun,
+            unconfirmed,
+            None if denial is None else to_denial(denial),
+        )
 
 
 def from_denial(denial: Denial) -> str:
