@@ -30,8 +30,7 @@ class Variable:
 
 def settings_of(room: str) -> type[RoomSettings]:
     """The settings of a room, those of providers that share its class included."""
-    kind = import_module(f"services.{room}.main").Settings
-    assert issubclass(kind, RoomSettings)
+    kind: type[RoomSettings] = import_module(f"services.{room}.main").Settings
     return kind
 
 
@@ -55,7 +54,8 @@ def variables(kind: type[BaseSettings]) -> Iterator[Variable]:
 
 def all_variables() -> list[Variable]:
     """The mesh's, then each room's, then those of providers."""
-    kinds = [MeshSettings, *map(settings_of, ROOMS), *provider_settings()]
+    rooms = map(settings_of, ROOMS)
+    kinds: list[type[BaseSettings]] = [MeshSettings, *rooms, *provider_settings()]
     return [variable for kind in kinds for variable in variables(kind)]
 
 
