@@ -17,6 +17,10 @@ from typing import Protocol
 from services.corpus.core import ParsedPage
 
 BETWEEN_PAGES = "\n\n"
+# The splitter's time grows faster than its text where the text is hostile (deep lists, endless
+# quotes), so it is given no more than this at once; it is also the most characters of a chunk.
+SEGMENT_CHARS_MAX = 16_384
+_BREAKS = ("\n# ", "\n## ", "\n### ", "\n\n", "\n", " ")
 
 _HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.*?)(?:[ \t]+#+)?[ \t]*$")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
@@ -51,6 +55,10 @@ class Chunk:
         return hashlib.sha256(self.embedded_text.encode()).digest()
 
 
+class GivenUpError(Exception):
+    """Nobody waits for the chunks any more."""
+
+
 class Splitter(Protocol):
     """Cuts Markdown; answers each piece with its offset in characters."""
 
@@ -79,15 +87,20 @@ class Chunker:
         self._count_tokens = count_tokens
         self._heading_tokens_max = heading_tokens_max
 
-    def chunks(self, pages: Sequence[ParsedPage]) -> list[Chunk]:
-        """The chunks of a document whose pages are given in order; none where there is no text."""
+    def chunks(
+        self, pages: Sequence[ParsedPage], *, is_given_up: Callable[[], bool] = lambda: False
+    ) -> list[Chunk]:
+        """The chunks of a document whose pages are given in order; none where there is no text.
+
+        Raises GivenUpError soon after nobody waits for them any more.
+        """
         text, starts = _joined(pages)
         outline = _Outline(
             [h for page, at in zip(pages, starts, strict=True) for h in _headings(page, at)]
         )
         contexts: dict[tuple[str, ...], str] = {}
         chunks: list[Chunk] = []
-        for start, end in self._pieces(text, outline):
+        for start, end in self._pieces(text, outline, is_given_up):
             path = outline.path(outline.content_start(text, start, end))
             above = tuple(heading.title for heading in path if heading.start < start)
             if above not in contexts:
@@ -106,11 +119,12 @@ class Chunker:
             )
         return chunks
 
-    def _pieces(self, text: str, outline: _Outline) -> Iterator[tuple[int, int]]:
+    def _pieces(
+        self, text: str, outline: _Outline, is_given_up: Callable[[], bool]
+    ) -> Iterator[tuple[int, int]]:
         """The chunks' bounds. A heading that was cut off from its text goes with that text."""
         lone: tuple[int, int] | None = None
-        for start, piece in self._splitter.chunk_indices(text):
-            end = start + len(piece)
+        for start, end in self._cuts(text, is_given_up):
             if lone and not self._is_short(text[lone[0] : start]):
                 yield lone
                 lone = None
@@ -122,6 +136,13 @@ class Chunker:
                 lone = None
         if lone:
             yield lone
+
+    def _cuts(self, text: str, is_given_up: Callable[[], bool]) -> Iterator[tuple[int, int]]:
+        for first, last in _segments(text):
+            if is_given_up():
+                raise GivenUpError
+            for start, piece in self._splitter.chunk_indices(text[first:last]):
+                yield first + start, first + start + len(piece)
 
     def _is_short(self, text: str) -> bool:
         return self._count_tokens(text) <= self._heading_tokens_max
@@ -163,6 +184,19 @@ class _Outline:
                 break
             at = min(heading.end, end)
         return at if text[at:end].strip() else end
+
+
+def _segments(text: str) -> Iterator[tuple[int, int]]:
+    """The bounds of parts that are split one at a time, cut where the structure is weakest."""
+    start = 0
+    while len(text) - start > SEGMENT_CHARS_MAX:
+        most = start + SEGMENT_CHARS_MAX
+        # Not in the first half: small parts would make small chunks.
+        found = (text.rfind(mark, start + SEGMENT_CHARS_MAX // 2, most) for mark in _BREAKS)
+        end = next((at for at in found if at >= 0), most)
+        yield start, end
+        start = end
+    yield start, len(text)
 
 
 def _joined(pages: Sequence[ParsedPage]) -> tuple[str, list[int]]:

@@ -44,8 +44,11 @@ class Settings(RoomSettings):
         48, ge=0, le=1_000, description="The most tokens of the headings embedded before a chunk."
     )
     pages_max: int = Field(5_000, ge=1, description="The most pages of a document.")
+    chunk_timeout_s: float = Field(
+        300.0, gt=0, description="How long a document may take to be cut into chunks."
+    )
     parse_concurrency: int = Field(2, ge=1, description="Documents parsed at a time.")
-    chunk_concurrency: int = Field(1, ge=1, description="Documents chunked at a time.")
+    chunk_concurrency: int = Field(2, ge=1, description="Documents chunked at a time.")
     embed_concurrency: int = Field(4, ge=1, description="Documents embedded at a time.")
     batch_texts: int = Field(64, ge=1, le=1_000, description="Texts in one call of Embed.")
     batches_in_flight: int = Field(
@@ -124,6 +127,7 @@ async def wire(mesh: MeshSettings, settings: Settings) -> AsyncIterator[Daemon]:
 def _limits(settings: Settings) -> Limits:
     return Limits(
         pages_max=settings.pages_max,
+        chunk_timeout_s=settings.chunk_timeout_s,
         batch_texts=settings.batch_texts,
         batches_in_flight=settings.batches_in_flight,
         attempts_max=settings.attempts_max,

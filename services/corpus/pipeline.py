@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -53,6 +54,7 @@ log = logging.getLogger(__name__)
 
 _PROGRESS_EVERY_S = 0.5
 _UPSERT_MAX = 512
+_UPSERT_BYTES = 8 << 20
 # Vectors that were paid for are kept in hand this long while storage is away.
 _UPSERT_PATIENCE_S = 30.0
 
@@ -62,6 +64,7 @@ class Limits:
     """How far the pipeline goes, from the room's settings."""
 
     pages_max: int
+    chunk_timeout_s: float
     batch_texts: int
     batches_in_flight: int
     attempts_max: int
@@ -183,8 +186,17 @@ class Pipeline:
 
     async def _chunk(self, work: Work, gate: Gate) -> None:
         pages = await self._store.pages(work.ticket)
-        # The splitter releases the interpreter's lock, so other documents go on.
-        chunks = await asyncio.to_thread(self._chunker.chunks, pages)
+        given_up = threading.Event()
+        try:
+            async with asyncio.timeout(self._limits.chunk_timeout_s):
+                # The splitter releases the interpreter's lock, so other documents go on.
+                chunks = await asyncio.to_thread(
+                    self._chunker.chunks, pages, is_given_up=given_up.is_set
+                )
+        except TimeoutError:
+            raise DocumentUnreadable("its text takes too long to cut into chunks") from None
+        finally:
+            given_up.set()
         await self._store.chunked(work.ticket, chunks)
 
     async def _embed(self, work: Work, gate: Gate) -> None:
@@ -344,15 +356,22 @@ class _Embedding:
             for sha256, chunks in batch.items()
             for chunk in chunks
         ]
-        for at in range(0, len(stored), _UPSERT_MAX):
+        step = vectors_at_once(self._space.dimensions, self._work.metadata)
+        for at in range(0, len(stored), step):
             async for attempt in retrying(100, for_s=_UPSERT_PATIENCE_S):
                 with attempt:
                     await self._gate.upsert(
                         self._space,
                         self._work.ticket,
-                        stored[at : at + _UPSERT_MAX],
+                        stored[at : at + step],
                         self._work.metadata,
                     )
+
+
+def vectors_at_once(dimensions: int, metadata: Mapping[str, str]) -> int:
+    """How many vectors go into one message, each of them with the document's metadata."""
+    said = sum(len(key.encode()) + len(value.encode()) for key, value in metadata.items())
+    return max(1, min(_UPSERT_MAX, _UPSERT_BYTES // (4 * dimensions + said + 256)))
 
 
 def _known_before(space: Space) -> Provenance:

@@ -7,7 +7,13 @@ import itertools
 import pytest
 
 from chassis.tokens import count_tokens
-from services.corpus.chunking import BETWEEN_PAGES, Chunk, Chunker
+from services.corpus.chunking import (
+    BETWEEN_PAGES,
+    SEGMENT_CHARS_MAX,
+    Chunk,
+    Chunker,
+    GivenUpError,
+)
 from services.corpus.core import ParsedPage
 from services.corpus.main import Settings, chunker
 
@@ -111,6 +117,31 @@ def test_a_heading_too_long_for_the_context_is_left_out(cut: Chunker) -> None:
     chunks = chunks_of(cut, f"# {title}\n\n## Rates\n\n{SENTENCE * 12}")
     assert chunks[-1].context == "Rates"
     assert chunks[-1].headings == (title.strip(), "Rates")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" * 100_000,
+        "> " * 20_000,
+        "\n".join(" " * n + "- x" for n in range(300)),
+        "👩‍👩‍👧" * 9_000,
+    ],
+)
+def test_hostile_text_is_cut_whole_and_bounded(cut: Chunker, text: str) -> None:
+    """Endless words, quotes, lists and clusters end up in chunks of bounded size, none lost."""
+    chunks = chunks_of(cut, text)
+    assert max(len(c.text) for c in chunks) <= SEGMENT_CHARS_MAX
+    assert "".join("".join(c.text for c in chunks).split()) == "".join(text.split())
+
+
+def test_chunking_can_be_given_up(cut: Chunker) -> None:
+    """A document that nobody waits for is not cut to its end."""
+    asked = itertools.count()
+    page = ParsedPage(1, SENTENCE * 2_000)
+    with pytest.raises(GivenUpError):
+        cut.chunks([page], is_given_up=lambda: next(asked) > 1)
+    assert next(asked) == 3
 
 
 @pytest.mark.parametrize("pages", [[], [""], ["\n \n", "\t"]])

@@ -14,7 +14,7 @@ from chassis import errors
 from services.corpus import core
 from services.corpus.chunking import Chunk
 from services.corpus.core import Changes, Document, Next, Stage, State, Ticket, call_id, meaning
-from services.corpus.pipeline import batches_of
+from services.corpus.pipeline import batches_of, vectors_at_once
 
 TICKET = Ticket("acme", "default", "0b7c6f5e-32d4-4a5b-9f0e-5f0f4f1f2a11", 1)
 
@@ -157,6 +157,14 @@ def test_batches_are_the_same_again_and_embed_no_text_twice() -> None:
     ordinals = sorted(c.ordinal for batch in batches for group in batch.values() for c in group)
     assert ordinals == list(range(23))
     assert batches_of(chunks, 2) == batches
+
+
+def test_large_metadata_makes_messages_of_fewer_vectors() -> None:
+    """A message of vectors stays within its bytes, whatever is remembered with each of them."""
+    large = {f"{n:02}": "x" * 2_046 for n in range(64)}
+    assert vectors_at_once(384, {}) == 512
+    assert vectors_at_once(384, large) * 64 * 2_048 <= 8 << 20
+    assert vectors_at_once(4_000, {"a": "b" * (9 << 20)}) == 1
 
 
 async def test_a_change_wakes_those_who_watch_that_document() -> None:
