@@ -8,7 +8,9 @@ are reported at once, with the names of the variables and never their values.
 from __future__ import annotations
 
 import os
+import re
 import secrets
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
@@ -61,20 +63,31 @@ class _SecretFiles(PydanticBaseSettingsSource):
     """Reads a setting from the file that `<NAME>_FILE` names."""
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        variable = f"{self.config.get('env_prefix', '')}{field_name}_file".upper()
-        path = os.environ.get(variable) or _env_files().get(variable)
-        if not path:
-            return None, field_name, False
+        variable, path = self._named(field_name)
         try:
-            return Path(path).read_text().strip(), field_name, False
+            return (Path(path).read_text().strip() if path else None), field_name, False
         except (OSError, UnicodeDecodeError):
             raise SettingsError([f"{variable}: the file cannot be read"]) from None
 
+    def faults(self) -> list[str]:
+        """Every file that is named and cannot be read."""
+        found: list[str] = []
+        for name, field in self.settings_cls.model_fields.items():
+            try:
+                self.get_field_value(field, name)
+            except SettingsError as error:
+                found += error.faults
+        return found
+
+    def _named(self, field_name: str) -> tuple[str, str | None]:
+        variable = f"{self.config.get('env_prefix', '')}{field_name}_file".upper()
+        return variable, os.environ.get(variable) or _env_files().get(variable)
+
     def __call__(self) -> dict[str, Any]:
-        found = {
-            name: self.get_field_value(field, name)[0]
-            for name, field in self.settings_cls.model_fields.items()
-        }
+        found: dict[str, Any] = {}
+        for name, field in self.settings_cls.model_fields.items():
+            with suppress(SettingsError):  # `load` tells it, together with all other faults.
+                found[name] = self.get_field_value(field, name)[0]
         return {name: value for name, value in found.items() if value is not None}
 
 
@@ -207,16 +220,18 @@ def load_mesh() -> MeshSettings:
 
 def _read(kind: type[Mesh], faults: list[str]) -> Mesh | None:
     prefix = kind.model_config.get("env_prefix", "")
+    faults += _SecretFiles(kind).faults()
     try:
         return kind(_env_file=_env_file_names())
     except ValidationError as error:
         for fault in error.errors(include_input=False, include_url=False, include_context=False):
             name = f"{prefix}{fault['loc'][0] if fault['loc'] else ''}".upper()
             faults.append(f"{name}: {fault['msg']}")
-    except SourceError:
-        faults.append(f"{prefix}*: a value is not the JSON that it must be")
-    except SettingsError as error:
-        faults += error.faults
+    except SourceError as error:
+        # The library names the field; it stops at the first of these.
+        field = re.search(r'field "(\w+)"', str(error))
+        name = f"{prefix}{field[1] if field else '*'}".upper()
+        faults.append(f"{name}: must be JSON of the right shape")
     return None
 
 

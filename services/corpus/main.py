@@ -13,7 +13,7 @@ from tollgate.corpus.v1.corpus_pb2_grpc import add_CorpusServiceServicer_to_serv
 from chassis.client import Peer
 from chassis.database import database, room_pool
 from chassis.server import Daemon, StartError, launch
-from chassis.settings import MeshSettings, RoomSettings, room_config
+from chassis.settings import Address, MeshSettings, RoomSettings, room_config
 from chassis.tasks import finish
 from chassis.tokens import count_tokens, minilm_tokenizer, tokenizer_of
 from services.corpus.chunking import Chunker, Splitter
@@ -33,7 +33,7 @@ class Settings(RoomSettings):
 
     model_config = room_config("corpus")
 
-    listen: str = Field("127.0.0.1:50055", description="Where the corpus listens.")
+    listen: Address = Field("127.0.0.1:50055", description="Where the corpus listens.")
     model: str = Field(
         "all-MiniLM-L6-v2", description="The embedding model of documents and questions."
     )

@@ -13,7 +13,7 @@ from tollgate.cost.v1 import cost_pb2_grpc, limit_pb2_grpc, price_pb2_grpc, usag
 from chassis.database import room_pool
 from chassis.errors import TollgateError
 from chassis.server import Daemon, StartError, launch
-from chassis.settings import MeshSettings, RoomSettings, room_config
+from chassis.settings import Address, MeshSettings, RoomSettings, room_config
 from services.cost.core.prices import Origin, Price, read_rate_card
 from services.cost.service import CostService, LimitService, PriceService, UsageService
 from services.cost.store.accounts import Accounts
@@ -33,7 +33,7 @@ class Settings(RoomSettings):
 
     model_config = room_config("cost")
 
-    listen: str = Field("127.0.0.1:50051", description="Where the ledger listens.")
+    listen: Address = Field("127.0.0.1:50051", description="Where the ledger listens.")
     prices_file: Path | None = Field(
         None, description="A rate card of your own (JSON), whose lines precede those carried."
     )

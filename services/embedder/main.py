@@ -13,7 +13,7 @@ from tollgate.embedder.v1 import embedder_pb2_grpc
 
 from chassis import telemetry
 from chassis.server import Daemon, StartError, launch
-from chassis.settings import MeshSettings, RoomSettings, SettingsError, load, room_config
+from chassis.settings import Address, MeshSettings, RoomSettings, SettingsError, load, room_config
 from services.embedder import providers
 from services.embedder.core import Embedder, Provider
 from services.embedder.service import EmbedderService
@@ -37,7 +37,7 @@ class Settings(RoomSettings):
 
     model_config = room_config("embedder")
 
-    listen: str = Field("127.0.0.1:50053", description="Where the embedder listens.")
+    listen: Address = Field("127.0.0.1:50053", description="Where the embedder listens.")
     providers: Annotated[str, AfterValidator(_names)] = Field(
         "minilm,mock",
         description="The providers that serve, the preferred one first, with commas between.",

@@ -11,7 +11,7 @@ from tollgate.parser.v1 import parser_pb2, parser_pb2_grpc
 
 from chassis.client import Peer
 from chassis.server import Daemon, StartError, launch
-from chassis.settings import MeshSettings, RoomSettings, room_config
+from chassis.settings import Address, MeshSettings, RoomSettings, room_config
 from services.parser import providers
 from services.parser.clients import Documents
 from services.parser.core import Memory, Provider
@@ -27,7 +27,7 @@ class ParserSettings(RoomSettings):
 
     model_config = room_config("parser")
 
-    listen: str = Field("127.0.0.1:50052", description="Where the parser listens.")
+    listen: Address = Field("127.0.0.1:50052", description="Where the parser listens.")
     default_provider: str = Field("local", description="The provider of calls that name none.")
     document_bytes_max: int = Field(
         256 * MIB, ge=1024, description="The largest document that is read."

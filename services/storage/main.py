@@ -13,7 +13,7 @@ from tollgate.storage.v1 import object_pb2_grpc, vector_pb2_grpc
 from chassis.database import room_pool
 from chassis.errors import ProviderUnavailable, TollgateError
 from chassis.server import Daemon, StartError, launch
-from chassis.settings import MeshSettings, RoomSettings, room_config
+from chassis.settings import Address, MeshSettings, RoomSettings, room_config
 from services.storage import providers
 from services.storage.core import Blobs, Catalog, Objects
 from services.storage.names import PageTokens
@@ -32,7 +32,7 @@ class Settings(RoomSettings):
 
     model_config = room_config("storage")
 
-    listen: str = Field("127.0.0.1:50054", description="Where storage listens.")
+    listen: Address = Field("127.0.0.1:50054", description="Where storage listens.")
     object_bytes_max: int = Field(5 << 30, ge=1, description="The largest object.")
     free_bytes_min: int = Field(
         64 << 20, ge=0, description="The free disk space below which no object is written."
