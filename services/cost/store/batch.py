@@ -71,8 +71,9 @@ SELECT now(), version,
         THEN ARRAY(SELECT id::text || tenant FROM claimed) END
 FROM state
 """
+# With what the claim answers, for a batch that claims nothing and so begins with this.
 _LOCK_HOLDS: Final = f"""
-SELECT place, {HOLD_COLUMNS}
+SELECT place, {HOLD_COLUMNS}, now(), (SELECT version FROM state)
 FROM unnest($1::text::uuid[], string_to_array($2, E'\\x1f'))
     WITH ORDINALITY AS ask (id, tenant, place)
 JOIN holds USING (id, tenant)
@@ -90,12 +91,16 @@ JOIN counters USING (limit_number, window_start, name)
 ORDER BY limit_number, window_start, name FOR UPDATE OF counters
 """
 _WRITE_COUNTERS: Final = """
-UPDATE counters SET held = counters.held + ask.held, settled = counters.settled + ask.settled
-FROM unnest($1::bigint[], $2::timestamptz[], $3::text[], $4::bigint[], $5::bigint[], $6::bigint[])
-    AS ask (limit_number, window_start, name, held, settled, maximum)
-WHERE counters.limit_number = ask.limit_number AND counters.window_start = ask.window_start
-    AND counters.name = ask.name
-    AND counters.held + counters.settled + ask.held + ask.settled <= ask.maximum
+WITH counted AS (
+    UPDATE counters SET held = counters.held + ask.held, settled = counters.settled + ask.settled
+    FROM unnest($1::bigint[], $2::timestamptz[], $3::text[], $4::bigint[], $5::bigint[],
+        $6::bigint[]) AS ask (limit_number, window_start, name, held, settled, maximum)
+    WHERE counters.limit_number = ask.limit_number AND counters.window_start = ask.window_start
+        AND counters.name = ask.name
+        AND counters.held + counters.settled + ask.held + ask.settled <= ask.maximum
+    RETURNING 1
+)
+SELECT 0, count(*) FROM counted
 """
 # Each hold with its line of the ledger, where it has one (kind 0: none), and the rollups.
 _WRITE_HOLDS: Final = """
@@ -131,8 +136,16 @@ WITH resolved AS (
         charged_nanos_usd = rollups.charged_nanos_usd + excluded.charged_nanos_usd,
         unconfirmed_nanos_usd = rollups.unconfirmed_nanos_usd + excluded.unconfirmed_nanos_usd,
         charges = rollups.charges + excluded.charges
+), counted AS (
+    UPDATE counters SET held = counters.held + ask.held, settled = counters.settled + ask.settled
+    FROM unnest($28::bigint[], $29::timestamptz[], $30::text[], $31::bigint[], $32::bigint[],
+        $33::bigint[]) AS ask (limit_number, window_start, name, held, settled, maximum)
+    WHERE counters.limit_number = ask.limit_number AND counters.window_start = ask.window_start
+        AND counters.name = ask.name
+        AND counters.held + counters.settled + ask.held + ask.settled <= ask.maximum
+    RETURNING 1
 )
-SELECT count(*) FROM resolved
+SELECT (SELECT count(*) FROM resolved), (SELECT count(*) FROM counted)
 """
 _WRITE_EXTENSIONS: Final = """
 UPDATE holds SET expire_time = ask.expire_time
@@ -199,6 +212,22 @@ class Batch:
         self.denied: list[Hold] = []
         self.admitted: list[Hold] = []
 
+    @property
+    def has_resolutions(self) -> bool:
+        """Whether some order is about a hold that is there."""
+        return any(isinstance(order, Resolution) for order in self.orders)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the time and the version are known."""
+        return self.book.now is not EPOCH
+
+    def begin(self, now: datetime, version: int) -> None:
+        """Take the transaction's time. Raises StaleCatalogError where limits or prices changed."""
+        if not self.catalog.is_current(version, now):
+            raise StaleCatalogError
+        self.book.now = now
+
 
 def hold_key(hold_id: str, tenant: str) -> str:
     """One string for a hold: ids all have the same length."""
@@ -225,7 +254,8 @@ class BatchStore:
         async with self._pool.acquire(timeout=ACQUIRE_TIMEOUT_S) as connection:
             await connection.execute(_begin(connection))
             try:
-                await self._claim(connection, batch)
+                if batch.claims or not batch.has_resolutions:
+                    await self._claim(connection, batch)
                 await self._lock_holds(connection, batch)
                 await self._lock_counters(connection, batch)
                 _decide(batch, commits)
@@ -286,9 +316,7 @@ class BatchStore:
         )
         assert row is not None, "there is one state"
         now, version, claimed = row
-        if not batch.catalog.is_current(version, now):
-            raise StaleCatalogError
-        batch.book.now = now
+        batch.begin(now, version)
         batch.fresh = set(batch.claims if claimed is None else claimed)
 
     async def _lock_holds(self, connection: Connection, batch: Batch) -> None:
@@ -305,11 +333,22 @@ class BatchStore:
             return
         ids, tenants = _columns(keys.values(), 2)
         rows = await connection.fetch(_LOCK_HOLDS, _plain(ids), _joined(tenants))
+        if not batch.has_begun:
+            await self._begin_late(connection, batch, rows)
         await self._accounts.know_numbers(connection, [row[1] for row in rows])
         names, read = list(keys.items()), HoldReader(self._accounts, batch.catalog)
         for row in rows:
             key, (hold_id, _) = names[row[0] - 1]
             batch.holds[key] = read.hold(hold_id, row)
+
+    async def _begin_late(
+        self, connection: Connection, batch: Batch, rows: Sequence[asyncpg.Record]
+    ) -> None:
+        """Learn the time and the version from the holds that were read, or ask where none was."""
+        if rows:
+            batch.begin(*rows[0][-2:])
+        else:
+            await self._claim(connection, batch)
 
     async def _lock_counters(self, connection: Connection, batch: Batch) -> None:
         """Lock and read every counter that an order may touch, making those that are missing."""
@@ -397,18 +436,25 @@ async def _write(connection: Connection, batch: Batch) -> None:
             if hold.denial is not None
         ]
         _expect(len(rows), await connection.execute(_WRITE_DENIALS, *_columns(rows, 3)))
-    if book.resolved:
-        await _write_holds(connection, book)
     if book.extended:
         moved = [
             (hold.id, hold.account.scope.tenant, hold.expire_time)
             for hold in book.extended.values()
         ]
         _expect(len(moved), await connection.execute(_WRITE_EXTENSIONS, *_columns(moved, 3)))
-    await _write_counters(connection, book)
+    counters = _counter_columns(book)
+    if book.resolved:
+        resolved = _resolved_columns(book)
+        written = await connection.fetchrow(_WRITE_HOLDS, *resolved, *counters)
+    else:
+        written = await connection.fetchrow(_WRITE_COUNTERS, *counters)
+    assert written is not None, "counts are one row"
+    if tuple(written) != (len(book.resolved), len(counters[0])):
+        raise BrokenPromiseError(f"wrote {tuple(written)} of what was locked")
 
 
-async def _write_holds(connection: Connection, book: Book) -> None:
+def _resolved_columns(book: Book) -> list[object]:
+    """What _WRITE_HOLDS takes but the counters."""
     rows = [
         (
             hold.id,
@@ -423,15 +469,22 @@ async def _write_holds(connection: Connection, book: Book) -> None:
         for hold, entry in book.resolved.values()
     ]
     ids, tenants, *numbers = _columns(rows, 18)
-    count = await connection.fetchval(
-        _WRITE_HOLDS,
-        _plain(ids),
-        _joined(tenants),
-        *map(_numbers, numbers),
-        *_columns(_rollups(book), 9),
-    )
-    if count != len(rows):
-        raise BrokenPromiseError(f"{count} where {len(rows)} rows were locked")
+    return [_plain(ids), _joined(tenants), *map(_numbers, numbers), *_columns(_rollups(book), 9)]
+
+
+def _counter_columns(book: Book) -> list[Sequence[object]]:
+    """What changed on counters; one that a limit guards must stay within the maximum."""
+    rows = [
+        (
+            *key,
+            counter.held - counter.held_before,
+            counter.settled - counter.settled_before,
+            counter.limit.maximum if counter.guarded else INT64_MAX,
+        )
+        for key, counter in sorted(book.counters.items())
+        if (counter.held, counter.settled) != (counter.held_before, counter.settled_before)
+    ]
+    return _columns(rows, 6)
 
 
 def _entry_columns(entry: Entry) -> Sequence[int]:
@@ -450,22 +503,6 @@ def _rollups(book: Book) -> list[Sequence[object]]:
         key = (quarter_hour(at), account.number)
         sums[key] = list(map(sum, zip(*rows, sums.get(key, _NO_SUM), strict=True)))
     return [(*key, *sums[key]) for key in sorted(sums)]
-
-
-async def _write_counters(connection: Connection, book: Book) -> None:
-    """Add the differences; a counter that a limit guards must stay within the maximum."""
-    rows = [
-        (
-            *key,
-            counter.held - counter.held_before,
-            counter.settled - counter.settled_before,
-            counter.limit.maximum if counter.guarded else INT64_MAX,
-        )
-        for key, counter in sorted(book.counters.items())
-        if (counter.held, counter.settled) != (counter.held_before, counter.settled_before)
-    ]
-    if rows:
-        _expect(len(rows), await connection.execute(_WRITE_COUNTERS, *_columns(rows, 6)))
 
 
 _NOT_USED: Final = (-1, -1, -1, -1)

@@ -33,7 +33,7 @@ class HoldReader:
         self._times: dict[datetime, datetime] = {}
 
     def hold(self, hold_id: str, row: asyncpg.Record) -> Hold:
-        """A hold of a row that is one column and HOLD_COLUMNS."""
+        """A hold of a row that has HOLD_COLUMNS after one column."""
         (
             _,
             number,
@@ -55,6 +55,7 @@ class HoldReader:
             overrun,
             unconfirmed,
             denial,
+            *_,
         ) = row
         create_time = self._times.setdefault(create_time, create_time)
         account = self._accounts.by_number[number]
