@@ -144,7 +144,9 @@ class MeshSettings(_Settings):
     otlp_endpoint: str | None = Field(
         None, description="An OTLP/gRPC collector; unset: traces go to files in the state dir."
     )
-    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+    log_level: str = Field(
+        "INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="The least that is logged."
+    )
 
     drain_s: float = Field(
         0.0, ge=0, le=300, description="How long to say NOT_SERVING before refusing calls."

@@ -220,8 +220,11 @@ def start(service: str, mesh: MeshSettings) -> Callable[[], None]:
     trace.set_tracer_provider(provider)
 
     def stop() -> None:
-        # With its collector down the exporter would retry for longer than anybody waits.
+        # With its collector down an exporter would retry for longer than anybody waits.
         provider.force_flush(_FLUSH_MS)
+        measured = metrics.get_meter_provider()
+        if isinstance(measured, MeterProvider):
+            measured.force_flush(_FLUSH_MS)
         if not mesh.otlp_endpoint:
             provider.shutdown()
 

@@ -377,7 +377,7 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
             waiting = asyncio.create_task(process.wait())
-            patience_s = self.mesh.drain_s + 2 * self.mesh.grace_s + 5
+            patience_s = self.mesh.drain_s + 3 * self.mesh.grace_s + 5
             await asyncio.wait(
                 {waiting, hurried}, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED
             )
