@@ -7,6 +7,7 @@ advisory locks are a transaction's own, so a connection needs no cleaning betwee
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import json
@@ -131,19 +132,33 @@ async def transaction(pool: Pool, *, tenant: str | None = None) -> AsyncIterator
     """
     if tenant == "":
         raise ValueError("a tenant has a name")
-    async with pool.acquire(timeout=ACQUIRE_TIMEOUT_S) as connection, connection.transaction():
-        settings = {} if tenant is None else {"tollgate.tenant": tenant}
-        local: tuple[str, str] | None = getattr(connection, "local_settings", None)
-        if local:
-            settings |= {"role": local[0], "search_path": local[1]}
-        if settings:
-            await connection.execute(
-                "SELECT set_config(name, value, true) "
-                "FROM unnest($1::text[], $2::text[]) AS setting (name, value)",
-                list(settings),
-                list(settings.values()),
-            )
-        yield connection
+    try:
+        async with pool.acquire(timeout=ACQUIRE_TIMEOUT_S) as connection, connection.transaction():
+            settings = {} if tenant is None else {"tollgate.tenant": tenant}
+            local: tuple[str, str] | None = getattr(connection, "local_settings", None)
+            if local:
+                settings |= {"role": local[0], "search_path": local[1]}
+            if settings:
+                await connection.execute(
+                    "SELECT set_config(name, value, true) "
+                    "FROM unnest($1::text[], $2::text[]) AS setting (name, value)",
+                    list(settings),
+                    list(settings.values()),
+                )
+            yield connection
+    except Exception as error:
+        # Rolling back on a connection that is gone fails, and that failure would take the place of
+        # the cancellation that asked for it: whoever was cancelled would go on for ever.
+        task = asyncio.current_task()
+        if task is not None and task.cancelling() and _is_of_the_connection(error):
+            raise asyncio.CancelledError from error
+        raise
+
+
+def _is_of_the_connection(error: Exception) -> bool:
+    return is_database_away(error) or isinstance(
+        error, asyncpg.InterfaceError | asyncpg.InternalClientError
+    )
 
 
 def is_database_away(error: BaseException) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TypeVar
@@ -33,6 +35,10 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _REFLECTION = "grpc.reflection.v1.ServerReflection"
 
 Room = TypeVar("Room", bound=RoomSettings)
+
+
+# What a daemon may take to end beyond draining and finishing, twice, what is under way.
+MARGIN_S = 5.0
 
 
 class StartError(Exception):
@@ -221,7 +227,7 @@ def launch(wire: Wire[Room], settings: type[Room]) -> None:
         sys.exit(78)
     stop_telemetry = telemetry.start(room, mesh)
     try:
-        uvloop.run(_run(wire(mesh, own)))
+        uvloop.run(_run(wire(mesh, own), patience_s=mesh.drain_s + 2 * mesh.grace_s + MARGIN_S))
     except (StartError, EmbeddedPostgresError, MigrationError) as error:
         log.critical(str(error))
         sys.exit(1)
@@ -232,10 +238,37 @@ def launch(wire: Wire[Room], settings: type[Room]) -> None:
         stop_telemetry()
 
 
-async def _run(wired: AbstractAsyncContextManager[Daemon]) -> None:
+async def _run(wired: AbstractAsyncContextManager[Daemon], *, patience_s: float) -> None:
+    """Serve until told to stop; a start that is under way then is given up.
+
+    One that has not ended `patience_s` after it was told is ended: nothing must stay behind.
+    """
     told = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    is_serving = False
+
+    def stop() -> None:
+        if told.is_set():
+            return
+        told.set()
+        # A thread of its own, for a loop that no longer turns.
+        watchdog = threading.Timer(patience_s, _end_at_once)
+        watchdog.daemon = True
+        watchdog.start()
+        if not is_serving and task is not None:
+            task.cancel()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told.set)
-    async with wired:
-        await told.wait()
+        loop.add_signal_handler(number, stop)
+    try:
+        async with wired:
+            is_serving = True
+            await told.wait()
+    except asyncio.CancelledError:
+        if not told.is_set():
+            raise
+
+
+def _end_at_once() -> None:
+    log.critical("did not end in time and is ended")
+    os._exit(1)

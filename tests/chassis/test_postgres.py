@@ -268,6 +268,25 @@ async def test_a_cancelled_transaction_leaves_the_connection_clean(
             assert await connection.fetchval("SELECT count(*) FROM notes") == 0
 
 
+async def test_cancellation_survives_a_connection_that_is_gone(database_url: str) -> None:
+    """Work that is cancelled while its session dies is cancelled, and not merely failed."""
+    pool = await connect_pool(database_url, role=None, schema="attic")
+    within = asyncio.Event()
+
+    async def work() -> None:
+        async with transaction(pool) as connection:
+            connection.terminate()
+            within.set()
+            await asyncio.sleep(3600)
+
+    working = asyncio.create_task(work())
+    await within.wait()
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    pool.terminate()
+
+
 async def test_nobody_listening_is_away() -> None:
     """A refused connection means the database is away."""
     with socket.socket() as taken:
