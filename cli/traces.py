@@ -45,16 +45,16 @@ def of_request(spans: Iterable[Span], request_id: str) -> list[Span]:
 
 
 def newest(spans: Iterable[Span]) -> list[Span]:
-    """The spans of the trace that began last among those that a client began; empty without any.
+    """The spans of the trace that began last, of those in which daemons worked together.
 
-    Work that daemons do by themselves (looking for jobs, watching health) has traces too: one that
-    went through the router or has a request id goes first.
+    Looking at the ledger, or work that a daemon does by itself, has traces too: they are taken only
+    where there are no others. Empty without any.
     """
     traces: dict[str, list[Span]] = {}
     for span in spans:
         traces.setdefault(span.trace_id, []).append(span)
     return max(
         traces.values(),
-        key=lambda t: (any(s.request_id for s in t), min(s.start_ns for s in t)),
+        key=lambda t: (len({s.service for s in t}) > 1, min(s.start_ns for s in t)),
         default=[],
     )

@@ -149,7 +149,7 @@ def _tell_where(mesh: MeshSettings, terminal: Terminal) -> None:
         ("trace", "the newest request, everywhere"),
         ("health", "whether all is well"),
     ):
-        terminal.say(f"  [bold]{escape(f'{program} {words}'):<43}[/] [dim]{what}[/]")
+        terminal.say(f"  [bold]{escape(f'{program} {words}'):<47}[/] [dim]{what}[/]")
     terminal.say("\nOr any gRPC client, by reflection:")
     # Printed as it is: a line that a terminal folds can still be copied whole.
     if not terminal.as_json:

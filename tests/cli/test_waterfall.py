@@ -179,5 +179,5 @@ def test_a_request_has_its_whole_trace_from_the_files_of_all_daemons(tmp_path: P
 def test_the_newest_trace_is_one_that_somebody_asked_for(tmp_path: Path) -> None:
     """What daemons do by themselves later does not hide the last request."""
     own = Span("t9", "z", "", "corpus", "looks for jobs", 99 * MS, 100 * MS)
-    _write(tmp_path, [span("a", request_id="r1"), own])
-    assert {s.span_id for s in traces.newest(traces.read(tmp_path))} == {"a"}
+    _write(tmp_path, [span("a", request_id="r1"), span("b", "a", service="cost"), own])
+    assert {s.span_id for s in traces.newest(traces.read(tmp_path))} == {"a", "b"}
