@@ -28,6 +28,7 @@ import asyncpg
 import grpc
 import uvloop
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.field_mask_pb2 import FieldMask
 from tollgate.cost.v1 import cost_pb2 as pb
 from tollgate.cost.v1 import limit_pb2, usage_pb2
 from tollgate.cost.v1.cost_pb2_grpc import CostServiceStub
@@ -234,19 +235,11 @@ def _new_id() -> str:
 
 
 async def _raise_limits(limits: LimitServiceStub, metadata: Any) -> None:
-    """One hot budget, large enough: the tenant's own limits in place of the defaults."""
-    for name, window in (("day", limit_pb2.WINDOW_DAY), ("hour", limit_pb2.WINDOW_HOUR)):
-        limit = limit_pb2.Limit(
-            id=f"bench-{name}",
-            scope=limit_pb2.LimitScope(
-                tenant=limit_pb2.Dimension(match=limit_pb2.MATCH_EXACT, value="bench")
-            ),
-            metric=limit_pb2.METRIC_COST,
-            window=window,
-            maximum=9_000_000_000_000_000_000,
-            enforcement=limit_pb2.ENFORCEMENT_HARD,
-        )
-        await limits.CreateLimit(limit_pb2.CreateLimitRequest(limit=limit), metadata=metadata)
+    """One hot budget, large enough: the limits of a fresh install, with other maxima."""
+    for limit_id in ("default-day", "default-hour"):
+        limit = limit_pb2.Limit(id=limit_id, maximum=9_000_000_000_000_000_000)
+        change = limit_pb2.UpdateLimitRequest(limit=limit, update_mask=FieldMask(paths=["maximum"]))
+        await limits.UpdateLimit(change, metadata=metadata)
 
 
 async def _settled(usage: UsageServiceStub, metadata: Any) -> int:

@@ -25,7 +25,7 @@ from services.cost.core.holds import (
     Resolution,
     State,
 )
-from services.cost.core.ledger import Book, CounterKey, Entry, hold_not_found, same_call
+from services.cost.core.ledger import Book, CounterKey, EntryKind, hold_not_found, same_call
 from services.cost.core.prices import Rate, cost
 from services.cost.core.usage import INT64_MAX, Account
 from services.cost.core.windows import EPOCH, quarter_hour
@@ -102,34 +102,38 @@ WITH counted AS (
 )
 SELECT 0, count(*) FROM counted
 """
-# Each hold with its line of the ledger, where it has one (kind 0: none), and the rollups.
+# Each hold with its line of the ledger. A hold that was settled for the first time is its own line
+# (is_line); the lines of expiry and of corrections come beside it. Then the rollups and counters.
 _WRITE_HOLDS: Final = """
 WITH resolved AS (
-    UPDATE holds SET state = ask.state, used_tokens = nullif(ask.used_tokens, -1),
-        used_pages = nullif(ask.used_pages, -1), used_bytes = nullif(ask.used_bytes, -1),
-        used_requests = nullif(ask.used_requests, -1),
+    UPDATE holds SET state = ask.state, used_tokens = nullif(ask.tokens, -1),
+        used_pages = nullif(ask.pages, -1), used_bytes = nullif(ask.bytes, -1),
+        used_requests = nullif(ask.requests, -1),
         charged_nanos_usd = ask.charged_nanos_usd, overrun_nanos_usd = ask.overrun_nanos_usd,
         unconfirmed = ask.unconfirmed
     FROM unnest($1::text::uuid[], string_to_array($2, E'\\x1f'), $3::text::smallint[],
         $4::text::bigint[], $5::text::bigint[], $6::text::bigint[], $7::text::bigint[],
-        $8::text::bigint[], $9::text::bigint[], $10::text::boolean[], $11::text::smallint[],
-        $12::text::bigint[], $13::text::bigint[], $14::text::bigint[], $15::text::bigint[],
-        $16::text::bigint[], $17::text::bigint[], $18::text::smallint[])
-        AS ask (id, tenant, state, used_tokens, used_pages, used_bytes, used_requests,
-            charged_nanos_usd, overrun_nanos_usd, unconfirmed, kind, tokens, pages, bytes,
-            requests, entry_nanos_usd, unconfirmed_nanos_usd, charges)
+        $8::text::bigint[], $9::text::bigint[], $10::text::boolean[], $11::text::boolean[])
+        AS ask (id, tenant, state, tokens, pages, bytes, requests, charged_nanos_usd,
+            overrun_nanos_usd, unconfirmed, is_line)
     WHERE holds.id = ask.id AND holds.tenant = ask.tenant
-    RETURNING holds.id, account, create_time, kind, ask.tokens, ask.pages, ask.bytes,
-        ask.requests, entry_nanos_usd, unconfirmed_nanos_usd, ask.overrun_nanos_usd, charges
+    RETURNING holds.id, account, create_time, is_line, used_tokens, used_pages, used_bytes,
+        used_requests, holds.charged_nanos_usd, holds.overrun_nanos_usd
 ), written AS (
     INSERT INTO entries (hold_id, account, hold_time, kind, tokens, pages, bytes, requests,
         charged_nanos_usd, unconfirmed_nanos_usd, overrun_nanos_usd, charges)
-    SELECT * FROM resolved WHERE kind > 0
+    SELECT id, account, create_time, 1, used_tokens, used_pages, used_bytes, used_requests,
+        charged_nanos_usd, 0, overrun_nanos_usd, 1
+    FROM resolved WHERE is_line
+    UNION ALL
+    SELECT * FROM unnest($12::uuid[], $13::bigint[], $14::timestamptz[], $15::smallint[],
+        $16::bigint[], $17::bigint[], $18::bigint[], $19::bigint[], $20::bigint[], $21::bigint[],
+        $22::bigint[], $23::smallint[])
 ), summed AS (
     INSERT INTO rollups (bucket, account, tokens, pages, bytes, requests, charged_nanos_usd,
         unconfirmed_nanos_usd, charges)
-    SELECT * FROM unnest($19::timestamptz[], $20::bigint[], $21::bigint[], $22::bigint[],
-        $23::bigint[], $24::bigint[], $25::bigint[], $26::bigint[], $27::bigint[])
+    SELECT * FROM unnest($24::timestamptz[], $25::bigint[], $26::bigint[], $27::bigint[],
+        $28::bigint[], $29::bigint[], $30::bigint[], $31::bigint[], $32::bigint[])
     ON CONFLICT (bucket, account) DO UPDATE SET tokens = rollups.tokens + excluded.tokens,
         pages = rollups.pages + excluded.pages, bytes = rollups.bytes + excluded.bytes,
         requests = rollups.requests + excluded.requests,
@@ -138,8 +142,8 @@ WITH resolved AS (
         charges = rollups.charges + excluded.charges
 ), counted AS (
     UPDATE counters SET held = counters.held + ask.held, settled = counters.settled + ask.settled
-    FROM unnest($28::bigint[], $29::timestamptz[], $30::text[], $31::bigint[], $32::bigint[],
-        $33::bigint[]) AS ask (limit_number, window_start, name, held, settled, maximum)
+    FROM unnest($33::bigint[], $34::timestamptz[], $35::text[], $36::bigint[], $37::bigint[],
+        $38::bigint[]) AS ask (limit_number, window_start, name, held, settled, maximum)
     WHERE counters.limit_number = ask.limit_number AND counters.window_start = ask.window_start
         AND counters.name = ask.name
         AND counters.held + counters.settled + ask.held + ask.settled <= ask.maximum
@@ -459,17 +463,42 @@ def _resolved_columns(book: Book) -> list[object]:
         (
             hold.id,
             hold.account.scope.tenant,
-            hold.state,
+            _NUMBER_OF[hold.state],
             *(hold.usage or _NOT_USED),
             hold.charged_nanos_usd,
             hold.overrun_nanos_usd,
             hold.unconfirmed,
-            *(_NO_ENTRY if entry is None else _entry_columns(entry)),
+            entry is not None and entry.kind is EntryKind.SETTLED,
         )
         for hold, entry in book.resolved.values()
     ]
-    ids, tenants, *numbers = _columns(rows, 18)
-    return [_plain(ids), _joined(tenants), *map(_numbers, numbers), *_columns(_rollups(book), 9)]
+    lines = [
+        (entry.hold_id, entry.account.number, entry.hold_time, entry.kind, *entry.usage, *entry[5:])
+        for _, entry in book.resolved.values()
+        if entry is not None and entry.kind is not EntryKind.SETTLED
+    ]
+    ids, tenants, *numbers = _columns(rows, 11)
+    return [
+        _plain(ids),
+        _joined(tenants),
+        *map(_numbers, numbers),
+        *_columns(lines, 12),
+        *_columns(_rollups(book), 9),
+    ]
+
+
+def _rollups(book: Book) -> list[Sequence[object]]:
+    """The sums of a batch by quarter of an hour and account, sorted."""
+    groups: dict[tuple[Account, datetime], list[Sequence[int]]] = defaultdict(list)
+    for _, entry in book.resolved.values():
+        if entry is not None:
+            _, account, _, at, usage, charged, unconfirmed, _, charges = entry
+            groups[account, at].append((*usage, charged, unconfirmed, charges))
+    sums: dict[tuple[datetime, int], list[int]] = {}
+    for (account, at), rows in groups.items():
+        key = (quarter_hour(at), account.number)
+        sums[key] = list(map(sum, zip(*rows, sums.get(key, _NO_SUM), strict=True)))
+    return [(*key, *sums[key]) for key in sorted(sums)]
 
 
 def _counter_columns(book: Book) -> list[Sequence[object]]:
@@ -487,26 +516,8 @@ def _counter_columns(book: Book) -> list[Sequence[object]]:
     return _columns(rows, 6)
 
 
-def _entry_columns(entry: Entry) -> Sequence[int]:
-    _, _, kind, _, usage, charged, unconfirmed, _, charges = entry
-    return (kind, *usage, charged, unconfirmed, charges)
-
-
-def _rollups(book: Book) -> list[Sequence[object]]:
-    """The sums of a batch by quarter of an hour and account, sorted."""
-    groups: dict[tuple[Account, datetime], list[Sequence[int]]] = defaultdict(list)
-    for _, entry in book.resolved.values():
-        if entry is not None:
-            groups[entry.account, entry.hold_time].append(_entry_columns(entry)[1:])
-    sums: dict[tuple[datetime, int], list[int]] = {}
-    for (account, at), rows in groups.items():
-        key = (quarter_hour(at), account.number)
-        sums[key] = list(map(sum, zip(*rows, sums.get(key, _NO_SUM), strict=True)))
-    return [(*key, *sums[key]) for key in sorted(sums)]
-
-
 _NOT_USED: Final = (-1, -1, -1, -1)
-_NO_ENTRY: Final = (0, 0, 0, 0, 0, 0, 0, 0)
+_NUMBER_OF: Final = {state: int(state) for state in State}
 _NO_SUM: Final = (0, 0, 0, 0, 0, 0, 0)
 
 
@@ -560,8 +571,8 @@ def _plain(column: Sequence[Any]) -> str:
 
 
 def _numbers(column: Sequence[Any]) -> str:
-    """Numbers, enums and truths as the text of an array."""
-    return "{" + str([*map(int, column)])[1:-1] + "}"
+    """Numbers or truths as the text of an array."""
+    return "{" + str([*column])[1:-1] + "}"
 
 
 def _joined(column: Sequence[Any]) -> str:
