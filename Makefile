@@ -26,7 +26,7 @@ define install
 	  echo "$(PYTHON) cannot make an environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; }
 	@total=$$(grep -c '^[a-z].*==' $(1)); \
 	$(BIN)/python -m pip install --disable-pip-version-check --no-input --require-hashes --no-deps -r $(1) \
-	  | awk -v total=$$total -v step=$$([ -t 1 ] && echo 1 || echo 25) -v end=$$([ -t 1 ] && echo '\r' || echo '\n') \
+	  | awk -v total=$$total -v step=$$([ -t 2 ] && echo 1 || echo 25) -v end=$$([ -t 2 ] && echo '\r' || echo '\n') \
 	    '/^(Collecting|Requirement already)/ && ++n % step == 0 { printf "  packages: %d of about %d" end, n, total; fflush() } \
 	     /^Installing/ { print "  unpacking them          "; fflush() }' \
 	  || { echo "The packages could not be installed. Check the network and the free disk (1 GB is needed), then run this again." >&2; exit 1; }
