@@ -1,6 +1,6 @@
 """Become a user PostgreSQL accepts, tie our life to the parent's, then exec: run by path, alone.
 
-    python -I -S embedded_exec.py PARENT_PID IDENTITY [PATH…] [-- COMMAND…]
+    python -I -S child.py PARENT_PID IDENTITY [PATH…] [-- COMMAND…]
 
 IDENTITY is `plain` (stay who we are), `namespace:UID` (a user namespace in which our own id is
 shown as UID, so files stay owned by us) or `setuid:UID:GID` (drop root for good). Each PATH must
