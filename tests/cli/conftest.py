@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.running import Up, environment_of
+from tests.running import Up, environment_of
 
 
 @pytest.fixture(scope="session")

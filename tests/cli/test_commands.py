@@ -17,7 +17,7 @@ from cli.demo.demo import QUESTIONS, SAMPLES
 from cli.demo.write_handbook import HANDBOOK
 from cli.main import app
 from cli.supervisor import ROOMS
-from tests.cli.running import Up, tollgate, wait_until
+from tests.running import Up, tollgate, wait_until
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -11,7 +11,7 @@ from tollgate.corpus.v1 import corpus_pb2
 from tollgate.cost.v1 import cost_pb2
 
 from cli.demo.demo import PRICES, question_of, summed
-from tests.cli.running import environment_of, tollgate
+from tests.running import environment_of, tollgate
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -16,7 +16,7 @@ from cli.logs import last_error
 from cli.ports import faults, free_ports
 from cli.supervisor import ROOMS
 from cli.up import by_reflection
-from tests.cli.running import (
+from tests.running import (
     START_TIMEOUT_S,
     STOP_TIMEOUT_S,
     Up,

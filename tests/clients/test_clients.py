@@ -21,7 +21,7 @@ import pytest
 from google.rpc import error_details_pb2
 
 from chassis.probe import probe
-from tests.cli.running import Up, environment_of, tollgate
+from tests.running import Up, environment_of, tollgate
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

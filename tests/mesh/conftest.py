@@ -18,7 +18,7 @@ from tollgate.storage.v1 import object_pb2_grpc, vector_pb2_grpc
 
 from chassis.call import IDENTITY, Call
 from chassis.identity import sign
-from tests.cli.running import Up, environment_of
+from tests.running import Up, environment_of
 
 
 @dataclass
