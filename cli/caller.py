@@ -18,6 +18,7 @@ R = TypeVar("R")
 Metadata = Sequence[tuple[str, str]]
 
 TIMEOUT_S = 60.0
+PAGE_SIZE = 1_000
 
 
 class Unreachable(Exception):
@@ -56,6 +57,17 @@ class Caller:
             return await method(request, timeout=timeout_s, metadata=self._with(metadata))
         except grpc.aio.AioRpcError as error:
             raise self._meant(error) from None
+
+    async def pages(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[Any, Any], request: Any
+    ) -> AsyncIterator[Any]:
+        """Every page of a list, from that of the request on. Raises as `unary` does."""
+        while True:
+            page = await self.unary(method, request)
+            yield page
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
 
     async def upload(
         self,

@@ -7,7 +7,20 @@ import sys
 
 import typer
 
-from cli import access, documents, gate, ledger, tracing, up
+from cli import (
+    access,
+    add,
+    backends,
+    documents,
+    health,
+    holds,
+    limits,
+    prices,
+    search,
+    trace,
+    up,
+    usage,
+)
 from cli.demo import demo
 from cli.terminal import INTERRUPTED
 
@@ -21,8 +34,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
-for part in (up.app, demo.app, documents.app, ledger.app, gate.app, tracing.app, access.app):
-    app.add_typer(part)
+for part in (
+    *(up, demo, add, search, documents),
+    *(prices, usage, holds, limits),
+    *(backends, health, trace, access),
+):
+    app.add_typer(part.app)
 
 
 def run() -> None:

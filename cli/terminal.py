@@ -124,6 +124,11 @@ def lower(name: str, prefix: str) -> str:
     return name.removeprefix(prefix).lower().replace("_", " ")
 
 
+def operation(name: str) -> str:
+    """`tollgate.embedder.v1.EmbedderService/Embed` as `Embed`."""
+    return name.rpartition("/")[2]
+
+
 def size(size_bytes: int) -> str:
     """`1_536` as `1.5 KiB`."""
     if size_bytes < 1024:

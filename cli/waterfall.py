@@ -5,29 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from cli.spans import Span
+
 # A cell of a bar is drawn in eighths: block elements U+2588 to U+258F.
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A finished span, as the trace files have it. Times are nanoseconds of the epoch."""
-
-    trace_id: str
-    span_id: str
-    parent_id: str
-    service: str
-    name: str
-    start_ns: int
-    end_ns: int
-    kind: str = "internal"
-    status: str = ""
-    request_id: str = ""
-
-    @property
-    def duration_ns(self) -> int:
-        """How long it took."""
-        return max(0, self.end_ns - self.start_ns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,18 +19,19 @@ from tollgate.corpus.v1 import corpus_pb2 as pb
 from tollgate.cost.v1 import cost_pb2
 
 from chassis.settings import MeshSettings
-from cli import traces, tracing
-from cli.adding import Added, document_id, files_of
+from cli import trace
+from cli.add import followed, summary, tell_summary
 from cli.caller import Caller
 from cli.command import Failed, Session, command
-from cli.documents import followed, searched, summary, tell_hit, tell_summary
-from cli.ledger import each_hold, hold_dicts, hold_table
+from cli.holds import each_hold, hold_table
+from cli.intake import Added, document_id, files_of
 from cli.money import usd
 from cli.ports import free_ports
+from cli.search import searched, tell_hit
+from cli.spans import Span, of_request, read_spans
 from cli.supervisor import ROOMS, Interrupted, Supervisor, UpError
 from cli.terminal import INTERRUPTED, Terminal, as_dict
 from cli.up import Told
-from cli.waterfall import Span
 
 app = typer.Typer()
 
@@ -220,7 +221,7 @@ class Show:
     async def _bill(self, ledger: Caller) -> None:
         self._heading("what each step held, and was charged")
         holds = await self._settled(ledger)
-        self.told["holds"] = hold_dicts(holds)
+        self.told["holds"] = [as_dict(hold) for hold in holds]
         self._terminal.say(
             "Local work is free. So that the ledger has something to show, the demo has a rate "
             "card of its own: $0.10 a million tokens, $50 a million pages.",
@@ -267,17 +268,17 @@ class Show:
             return
         self._heading(f"the trace of {subject.path.name}")
         spans = await self._whole_trace(subject.document.request_id)
-        self.told["trace"] = tracing.as_json(spans)
+        self.told["trace"] = trace.as_json(spans)
         if spans:
-            self._terminal.show(tracing.drawing(spans, self._terminal.width))
+            self._terminal.show(trace.drawing(spans, self._terminal.width))
 
     async def _whole_trace(self, request_id: str) -> list[Span]:
         """The spans of a request, once every daemon has written its own."""
         deadline = time.monotonic() + _TRACE_TIMEOUT_S
         before = -1
         while True:
-            every = await asyncio.to_thread(lambda: list(traces.read(self._session.mesh.state_dir)))
-            spans = traces.of_request(every, request_id)
+            every = await asyncio.to_thread(lambda: list(read_spans(self._session.mesh.state_dir)))
+            spans = of_request(every, request_id)
             is_whole = {span.service for span in spans} >= set(ROOMS) and len(spans) == before
             if is_whole or time.monotonic() > deadline:
                 return spans

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cli import traces
-from cli.tracing import drawing
-from cli.waterfall import Span, bar, duration, folded, rows
+from cli.spans import Span, newest, of_request, read_spans
+from cli.trace import drawing
+from cli.waterfall import bar, duration, folded, rows
 
 MS = 1_000_000
 
@@ -172,7 +172,7 @@ def test_a_request_has_its_whole_trace_from_the_files_of_all_daemons(tmp_path: P
     _write(tmp_path, mine, torn='{"trace_id": "t1", "spa\n')
     other = Span("t2", "c", "", "cost", "x", 5 * MS, 6 * MS, "internal", "", "r2")
     _write(tmp_path, [other])
-    found = traces.of_request(traces.read(tmp_path), "r1")
+    found = of_request(read_spans(tmp_path), "r1")
     assert {s.span_id for s in found} == {"a", "b"}
 
 
@@ -180,4 +180,4 @@ def test_the_newest_trace_is_one_that_somebody_asked_for(tmp_path: Path) -> None
     """What daemons do by themselves later does not hide the last request."""
     own = Span("t9", "z", "", "corpus", "looks for jobs", 99 * MS, 100 * MS)
     _write(tmp_path, [span("a", request_id="r1"), span("b", "a", service="cost"), own])
-    assert {s.span_id for s in traces.newest(traces.read(tmp_path))} == {"a", "b"}
+    assert {s.span_id for s in newest(read_spans(tmp_path))} == {"a", "b"}

@@ -1,4 +1,4 @@
-"""Adding documents: which files, under which ids, and following each through its stages."""
+"""Files on their way in: which, under which ids, and following each through its stages."""
 
 from __future__ import annotations
 

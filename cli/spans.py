@@ -1,15 +1,35 @@
-"""The trace files of a state directory: one JSON object a finished span, one file a daemon."""
+"""Spans in the trace files of a state directory: one JSON object a line, one file a daemon."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from cli.waterfall import Span
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A finished span. Times are nanoseconds of the epoch."""
+
+    trace_id: str
+    span_id: str
+    parent_id: str
+    service: str
+    name: str
+    start_ns: int
+    end_ns: int
+    kind: str = "internal"
+    status: str = ""
+    request_id: str = ""
+
+    @property
+    def duration_ns(self) -> int:
+        """How long it took."""
+        return max(0, self.end_ns - self.start_ns)
 
 
-def read(state_dir: Path) -> Iterator[Span]:
+def read_spans(state_dir: Path) -> Iterator[Span]:
     """Every span of every daemon. A line that is none, such as a torn last one, is passed over."""
     for file in sorted((state_dir / "traces").glob("*.jsonl")):
         with file.open(encoding="utf-8", errors="replace") as lines:

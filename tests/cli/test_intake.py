@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tollgate.corpus.v1 import corpus_pb2 as pb
 
-from cli.adding import Added, document_id, files_of, percent_of
 from cli.command import Misused
+from cli.intake import Added, document_id, files_of, percent_of
 
 
 def test_a_folder_stands_for_the_files_in_it_but_not_for_hidden_ones(tmp_path: Path) -> None:

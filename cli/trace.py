@@ -10,9 +10,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from cli import traces, waterfall
+from cli import waterfall
 from cli.command import Failed, Session, command
-from cli.waterfall import Row, Span
+from cli.spans import Span, newest, of_request, read_spans
+from cli.waterfall import Row
 
 app = typer.Typer()
 
@@ -43,8 +44,8 @@ def trace(
     Reads the trace files of the state directory (TOLLGATE_STATE_DIR): the mesh may be stopped. With
     a collector (TOLLGATE_OTLP_ENDPOINT) the traces are there instead.
     """
-    spans = list(traces.read(session.mesh.state_dir))
-    found = traces.of_request(spans, request_id) if request_id else traces.newest(spans)
+    spans = list(read_spans(session.mesh.state_dir))
+    found = of_request(spans, request_id) if request_id else newest(spans)
     if not found:
         what = f"no trace of {request_id}" if request_id else "no trace yet"
         raise Failed(
