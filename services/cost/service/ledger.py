@@ -168,13 +168,11 @@ class CostService(CostServiceServicer):
 
     def _authorization(self, request: pb.AuthorizeRequest) -> Authorization:
         hold_id = checked_id("hold_id", request.hold_id)
-        if not request.HasField("scope"):
-            raise InvalidField.of("scope", "must be given")
         if not request.HasField("bound"):
             raise InvalidField.of("bound", "must be given")
         return Authorization(
             hold_id,
-            self._scopes.of(request.scope, request.operation),
+            self._scopes.of(request),
             to_usage("bound", request.bound),
             to_ttl_ms(request.ttl) if request.HasField("ttl") else self._ttl_ms,
             checked_request_id(request.request_id),

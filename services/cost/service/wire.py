@@ -59,12 +59,15 @@ class Scopes:
     def __init__(self) -> None:
         self._known: dict[tuple[bytes, str], Scope] = {}
 
-    def of(self, asked: usage_pb2.Scope, operation: str) -> Scope:
+    def of(self, request: pb.AuthorizeRequest) -> Scope:
         """The scope of a call. Raises InvalidField naming every field at fault."""
+        asked, operation = request.scope, request.operation
         key = (asked.SerializeToString(), operation)
         known = self._known.get(key)
         if known is not None:
             return known
+        if not request.HasField("scope"):
+            raise InvalidField.of("scope", "must be given")
         scope = Scope(
             asked.tenant,
             asked.project,

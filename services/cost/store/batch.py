@@ -71,9 +71,9 @@ SELECT now(), version,
         THEN ARRAY(SELECT id::text || tenant FROM claimed) END
 FROM state
 """
-# With what the claim answers, for a batch that claims nothing and so begins with this.
+# The first row has what the claim answers, for a batch that claims nothing and begins with this.
 _LOCK_HOLDS: Final = f"""
-SELECT place, {HOLD_COLUMNS}, now(), (SELECT version FROM state)
+SELECT place, {HOLD_COLUMNS}, CASE WHEN place = 1 THEN now() END, (SELECT version FROM state)
 FROM unnest($1::text::uuid[], string_to_array($2, E'\\x1f'))
     WITH ORDINALITY AS ask (id, tenant, place)
 JOIN holds USING (id, tenant)
@@ -349,8 +349,9 @@ class BatchStore:
         self, connection: Connection, batch: Batch, rows: Sequence[asyncpg.Record]
     ) -> None:
         """Learn the time and the version from the holds that were read, or ask where none was."""
-        if rows:
-            batch.begin(*rows[0][-2:])
+        first = next((row for row in rows if row[0] == 1), None)
+        if first is not None:
+            batch.begin(*first[-2:])
         else:
             await self._claim(connection, batch)
 

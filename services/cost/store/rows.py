@@ -14,9 +14,12 @@ from services.cost.core.windows import Window
 from services.cost.store.accounts import Accounts
 from services.cost.store.catalog import Catalog
 
+# What a hold has only when it is resolved comes as one column, which is null for most.
 HOLD_COLUMNS: Final = """account, request_id, tokens, pages, bytes, requests, held_nanos_usd,
-    price_version, state, create_time, expire_time, used_tokens, used_pages, used_bytes,
-    used_requests, charged_nanos_usd, overrun_nanos_usd, unconfirmed, denial"""
+    price_version, state, create_time, expire_time,
+    CASE WHEN state <> 1 THEN ARRAY[charged_nanos_usd, overrun_nanos_usd, unconfirmed::int,
+        used_tokens, used_pages, used_bytes, used_requests] END,
+    denial"""
 
 
 _STATES: Final = {int(state): state for state in State}
@@ -47,19 +50,13 @@ class HoldReader:
             state,
             create_time,
             expire_time,
-            used_tokens,
-            used_pages,
-            used_bytes,
-            used_requests,
-            charged,
-            overrun,
-            unconfirmed,
+            resolved,
             denial,
             *_,
         ) = row
         create_time = self._times.setdefault(create_time, create_time)
         account = self._accounts.by_number[number]
-        return Hold(
+        hold = Hold(
             hold_id,
             account,
             request_id,
@@ -70,14 +67,13 @@ class HoldReader:
             _STATES[state],
             create_time,
             self._times.setdefault(expire_time, expire_time),
-            None
-            if used_tokens is None
-            else Usage(used_tokens, used_pages, used_bytes, used_requests),
-            charged,
-            overrun,
-            unconfirmed,
-            None if denial is None else to_denial(denial),
         )
+        if resolved is not None:
+            hold.charged_nanos_usd, hold.overrun_nanos_usd, unconfirmed, *used = resolved
+            hold.unconfirmed = bool(unconfirmed)
+            hold.usage = None if used[0] is None else Usage(*used)
+            hold.denial = None if denial is None else to_denial(denial)
+        return hold
 
 
 def from_denial(denial: Denial) -> str:
