@@ -11,12 +11,11 @@ import pytest_asyncio
 
 from chassis import postgres
 from chassis.postgres import Pool
-from services.cost.core.holds import Action, Authorization, Decision, Hold, Resolution
+from services.cost.core.holds import Action, Authorization, Decision, Hold, Resolution, Result
 from services.cost.core.prices import NOW, Price, Unit
 from services.cost.core.usage import Scope, Usage
 from services.cost.main import MIGRATIONS
 from services.cost.store.accounts import Accounts
-from services.cost.store.batch import Result
 from services.cost.store.catalog import CatalogStore
 from services.cost.store.ledger import Ledger
 from services.cost.store.reports import Reports

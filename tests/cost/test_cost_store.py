@@ -27,14 +27,13 @@ from chassis.errors import (
     NotFound,
     PriceUnknown,
 )
-from services.cost.core.holds import Action, Decision, Hold, Resolution, State
+from services.cost.core.holds import Action, Decision, Hold, Resolution, Result, State
 from services.cost.core.limits import ANY, GENUINE, Dimension, Enforcement, Limit, LimitScope, Match
 from services.cost.core.prices import NOW, Price, Unit
 from services.cost.core.reports import Bucket, Group, UsageQuery
 from services.cost.core.usage import INT64_MAX, Metric, Usage
 from services.cost.core.windows import Window
 from services.cost.main import MIGRATIONS
-from services.cost.store.batch import Result
 from services.cost.store.upkeep import Upkeep
 from tests.cost.conftest import (
     PRICES,

@@ -128,6 +128,23 @@ async def test_a_call_is_held_and_settled(client: Client) -> None:
     assert [row.charged_nanos_usd for row in answer.rows] == [8_000_000]
 
 
+async def test_it_works_through_a_pooler(mesh: MeshSettings, as_tenant: Call) -> None:
+    """With nothing set on a session, as a transaction-mode pooler wants it, all works the same."""
+    pooled = mesh.model_copy(update={"database_pooled": True})
+    settings = Settings(listen="127.0.0.1:0", parity_interval_s=0.05)
+    async with wire(pooled, settings) as daemon:
+        peer = Peer(daemon.address, mesh)
+        client = Client(peer)
+        request = ask()
+        await client.ask(client.cost.Authorize, request)
+        settled = await client.ask(client.cost.Settle, settle(request.hold_id, 5))
+        assert settled.hold.charged_nanos_usd == 100
+        await client.ask(client.limits.CreateLimit, limit_pb2.CreateLimitRequest(limit=limit()))
+        got = await client.ask(client.limits.GetLimit, limit_pb2.GetLimitRequest(limit_id="mine"))
+        assert [used.settled for used in got.consumption] == [100]
+        await peer.close()
+
+
 async def test_a_denial_is_an_answer(client: Client) -> None:
     """A refusal names the limit, how far over, and when to retry; repeated, it is replayed."""
     await client.ask(client.limits.CreateLimit, limit_pb2.CreateLimitRequest(limit=limit()))

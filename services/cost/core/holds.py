@@ -14,6 +14,7 @@ from datetime import datetime
 from enum import IntEnum
 from typing import NamedTuple, TypeAlias
 
+from chassis.errors import TollgateError
 from services.cost.core.prices import Rate
 from services.cost.core.usage import Account, Metric, Scope, Usage
 from services.cost.core.windows import Window
@@ -124,3 +125,4 @@ class Decision(NamedTuple):
 
 Order: TypeAlias = Authorization | Resolution
 Outcome: TypeAlias = Decision | Hold
+Result: TypeAlias = Outcome | TollgateError

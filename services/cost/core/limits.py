@@ -16,13 +16,15 @@ from enum import IntEnum
 from typing import NamedTuple, TypeAlias
 from urllib.parse import quote
 
-from chassis.errors import InvalidField, Violation
+from chassis.errors import InvalidField, NotFound, Violation
 from services.cost.core.usage import INT64_MAX, Account, Metric, Scope, refused
 from services.cost.core.windows import EPOCH, Window, checked_zone
 
 DIMENSIONS = ("tenant", "project", "service", "provider", "model", "simulated")
 NAME_MAX = 256
 _ACCOUNTS_MAX = 50_000
+CHANGEABLE = ("display_name", "maximum", "enforcement", "alert_percents")
+"""The fields that an update may change."""
 _ID = re.compile(r"[a-z0-9-]{1,63}")
 
 
@@ -256,3 +258,11 @@ def _apart(scope: LimitScope) -> LimitScope:
     if simulated.match is Match.SHARED:
         simulated = Dimension(Match.EACH)
     return (rest[0], rest[1], rest[2], rest[3], rest[4], simulated)
+
+
+def limit_not_found(limit_id: str) -> NotFound:
+    """The error for an id that no limit has."""
+    return NotFound(
+        f"there is no limit {limit_id}",
+        violations=[Violation(f"limit/{limit_id}", "is not there")],
+    )

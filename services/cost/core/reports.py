@@ -8,8 +8,9 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from chassis.errors import InvalidField
+from services.cost.core.limits import Limit
 from services.cost.core.usage import Scope, Usage
-from services.cost.core.windows import QUARTER_HOUR, Window, quarter_hour, span
+from services.cost.core.windows import QUARTER_HOUR, Span, Window, quarter_hour, span
 
 BUCKETS_MAX = 40_000
 """A little more than the quarter hours of a year."""
@@ -58,6 +59,16 @@ class UsageRow(NamedTuple):
     charged_nanos_usd: int
     unconfirmed_nanos_usd: int
     charges: int
+
+
+class Consumption(NamedTuple):
+    """What one counter of a limit has in its current window."""
+
+    limit: Limit
+    counter: str
+    window: Span
+    held: int
+    settled: int
 
 
 _WINDOWS = {Bucket.HOUR: Window.HOUR, Bucket.DAY: Window.DAY, Bucket.MONTH: Window.MONTH}

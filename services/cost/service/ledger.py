@@ -31,6 +31,7 @@ from services.cost.core.holds import (
     Resolution,
     State,
 )
+from services.cost.core.keepers import LedgerKeeper, ReportKeeper
 from services.cost.core.pages import last_of, page_size, page_token
 from services.cost.service.wire import (
     HoldWriter,
@@ -42,8 +43,6 @@ from services.cost.service.wire import (
     to_usage,
     write_denial,
 )
-from services.cost.store.ledger import Ledger
-from services.cost.store.reports import Reports
 
 ITEMS_MAX: Final = 1_000
 
@@ -54,7 +53,7 @@ Asked = TypeVar("Asked")
 class CostService(CostServiceServicer):
     """Turns requests into orders and their results into answers."""
 
-    def __init__(self, ledger: Ledger, reports: Reports, *, ttl_ms: int) -> None:
+    def __init__(self, ledger: LedgerKeeper, reports: ReportKeeper, *, ttl_ms: int) -> None:
         self._ledger, self._reports, self._ttl_ms = ledger, reports, ttl_ms
         self._scopes, self._holds = Scopes(), HoldWriter()
 

@@ -10,22 +10,24 @@ from tollgate.cost.v1 import limit_pb2 as pb
 from tollgate.cost.v1.limit_pb2_grpc import LimitServiceServicer
 
 from chassis.errors import InvalidField
+from services.cost.core.keepers import CatalogKeeper, ReportKeeper
 from services.cost.core.limits import (
     ANY,
+    CHANGEABLE,
     DIMENSIONS,
     GENUINE,
     Dimension,
     Enforcement,
     Limit,
     Match,
+    limit_not_found,
 )
 from services.cost.core.pages import last_of, page_size, page_token
+from services.cost.core.reports import Consumption
 from services.cost.core.usage import Metric
 from services.cost.core.windows import Window
 from services.cost.service.ledger import Context
 from services.cost.service.wire import set_time
-from services.cost.store.catalog import CHANGEABLE, CatalogStore, limit_not_found
-from services.cost.store.reports import Consumption, Reports
 
 Number = TypeVar("Number", bound=IntEnum)
 
@@ -33,7 +35,7 @@ Number = TypeVar("Number", bound=IntEnum)
 class LimitService(LimitServiceServicer):
     """Limits on the wire."""
 
-    def __init__(self, catalog: CatalogStore, reports: Reports) -> None:
+    def __init__(self, catalog: CatalogKeeper, reports: ReportKeeper) -> None:
         self._catalog, self._reports = catalog, reports
 
     async def CreateLimit(

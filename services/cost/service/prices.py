@@ -6,17 +6,17 @@ from tollgate.cost.v1 import price_pb2 as pb
 from tollgate.cost.v1.price_pb2_grpc import PriceServiceServicer
 
 from chassis.errors import InvalidField
+from services.cost.core.keepers import CatalogKeeper
 from services.cost.core.pages import last_of, page_size, page_token
 from services.cost.core.prices import NOW, Price, Unit, checked_price, place_of
 from services.cost.service.ledger import Context
 from services.cost.service.wire import set_time, to_time
-from services.cost.store.catalog import CatalogStore
 
 
 class PriceService(PriceServiceServicer):
     """Prices on the wire."""
 
-    def __init__(self, catalog: CatalogStore) -> None:
+    def __init__(self, catalog: CatalogKeeper) -> None:
         self._catalog = catalog
 
     async def ListPrices(

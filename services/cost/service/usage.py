@@ -8,18 +8,18 @@ from tollgate.cost.v1 import usage_pb2 as pb
 from tollgate.cost.v1.usage_pb2_grpc import UsageServiceServicer
 
 from chassis.errors import InvalidField
+from services.cost.core.keepers import ReportKeeper
 from services.cost.core.pages import last_of, page_size, page_token
 from services.cost.core.reports import Bucket, Group, UsageQuery, UsageRow, widened
 from services.cost.core.windows import Window, checked_zone, span
 from services.cost.service.ledger import Context
 from services.cost.service.wire import scope_message, set_time, to_time, usage_message
-from services.cost.store.reports import Reports
 
 
 class UsageService(UsageServiceServicer):
     """Usage on the wire."""
 
-    def __init__(self, reports: Reports) -> None:
+    def __init__(self, reports: ReportKeeper) -> None:
         self._reports = reports
 
     async def QueryUsage(

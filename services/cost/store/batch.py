@@ -10,19 +10,20 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
 import asyncpg
 
 from chassis.errors import Billed, DeadlineExceeded, InvalidField, TollgateError
 from chassis.postgres import Connection, Pool, transaction
+from services.cost.core.catalog import Catalog
 from services.cost.core.holds import (
     Authorization,
     Decision,
     Hold,
     Order,
-    Outcome,
     Resolution,
+    Result,
     State,
 )
 from services.cost.core.ledger import Book, CounterKey, EntryKind, hold_not_found, same_call
@@ -30,11 +31,10 @@ from services.cost.core.prices import Rate, cost
 from services.cost.core.usage import INT64_MAX, Account
 from services.cost.core.windows import EPOCH, quarter_hour
 from services.cost.store.accounts import Accounts
-from services.cost.store.catalog import LOCK, Catalog
+from services.cost.store.catalog import LOCK
 from services.cost.store.reach import is_away
 from services.cost.store.rows import HOLD_COLUMNS, HoldReader, from_denial
 
-Result: TypeAlias = Outcome | TollgateError
 ACQUIRE_TIMEOUT_S: Final = 5.0
 _COUNTERS_KNOWN_MAX: Final = 100_000
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final, TypeAlias
 
 import asyncpg
 
-from chassis.errors import AlreadyExists, Conflict, NotFound, Violation
+from chassis.errors import AlreadyExists, Conflict, Violation
 from chassis.postgres import Connection, Pool
 from services.cost.core import windows
+from services.cost.core.catalog import Catalog
 from services.cost.core.limits import (
     Dimension,
     Enforcement,
@@ -20,9 +21,10 @@ from services.cost.core.limits import (
     Match,
     checked,
     checked_change,
+    limit_not_found,
 )
-from services.cost.core.prices import NOW, Origin, Price, PriceList, Rate, Unit
-from services.cost.core.usage import Account, Metric
+from services.cost.core.prices import NOW, Origin, Price, PriceList, Unit
+from services.cost.core.usage import Metric
 from services.cost.core.windows import Window
 from services.cost.store.measure import measure
 from services.cost.store.reach import reach
@@ -30,7 +32,6 @@ from services.cost.store.reach import reach
 # Held shared by every batch, exclusively by whoever changes limits or prices: so a batch decides by
 # one state of them, and a new limit is filled while nothing moves. It is "tollgate" in ASCII.
 LOCK: Final = 0x746F6C6C67617465
-_RATES_MAX = 50_000
 
 _SHARED: Final = f"SELECT pg_advisory_xact_lock_shared({LOCK})"
 _EXCLUSIVE: Final = f"SELECT pg_advisory_xact_lock({LOCK})"
@@ -65,48 +66,6 @@ _FILL: Final = """
 INSERT INTO counters (limit_number, window_start, name, held, settled)
 SELECT $1, $2, * FROM unnest($3::text[], $4::bigint[], $5::bigint[])
 """
-
-CHANGEABLE = ("display_name", "maximum", "enforcement", "alert_percents")
-
-
-@dataclass(slots=True)
-class Catalog:
-    """Limits and prices at one version, and the span in which no price takes effect."""
-
-    version: int
-    price_version: int
-    limits: LimitSet
-    prices: PriceList
-    since: datetime
-    until: datetime
-    _current: dict[Account, Rate] = field(default_factory=dict)
-    _older: dict[tuple[int, int, datetime], Rate] = field(default_factory=dict)
-
-    def is_current(self, version: int, now: datetime) -> bool:
-        """Whether decisions at this instant may be made by it."""
-        return version == self.version and self.since <= now < self.until
-
-    def rate(self, account: Account) -> Rate:
-        """What new holds of an account are made at. Raises PriceUnknown."""
-        rate = self._current.get(account)
-        if rate is None:
-            if len(self._current) >= _RATES_MAX:
-                self._current.clear()
-            rate = self.prices.rate(account.scope, self.price_version, self.since)
-            self._current[account] = rate
-        return rate
-
-    def rate_of(self, account: Account, price_version: int, at: datetime) -> Rate:
-        """What a hold was made at, by a version of the list, at a time."""
-        if price_version == self.price_version and at >= self.since:
-            return self.rate(account)
-        key = (account.number, price_version, self.prices.steady(at)[0])
-        rate = self._older.get(key)
-        if rate is None:
-            if len(self._older) >= _RATES_MAX:
-                self._older.clear()
-            rate = self._older[key] = self.prices.rate(account.scope, price_version, key[2])
-        return rate
 
 
 class CatalogStore:
@@ -290,14 +249,6 @@ async def _limit(connection: Connection, limit_id: str, etag: str) -> Limit:
             violations=[Violation(f"limit/{limit_id}", "has another etag: read it again")],
         )
     return limit
-
-
-def limit_not_found(limit_id: str) -> NotFound:
-    """The error for an id that no limit has."""
-    return NotFound(
-        f"there is no limit {limit_id}",
-        violations=[Violation(f"limit/{limit_id}", "is not there")],
-    )
 
 
 def _repeated(there: Limit, asked: Limit) -> Limit:

@@ -13,14 +13,13 @@ import asyncpg
 from chassis.batching import Batcher
 from chassis.errors import Internal, InvalidField, LedgerUnavailable
 from chassis.postgres import Pool
-from services.cost.core.holds import Action, Order, Resolution
+from services.cost.core.holds import Action, Order, Resolution, Result
 from services.cost.store.accounts import Accounts
 from services.cost.store.batch import (
     Batch,
     BatchStore,
     CommitUnknownError,
     ItemFaultError,
-    Result,
     StaleCatalogError,
 )
 from services.cost.store.catalog import CatalogStore

@@ -14,9 +14,9 @@ from services.cost.core import windows
 from services.cost.core.holds import Hold, State
 from services.cost.core.ledger import hold_not_found
 from services.cost.core.limits import Limit
-from services.cost.core.reports import Group, UsageQuery, UsageRow, bucket_starts
+from services.cost.core.reports import Consumption, Group, UsageQuery, UsageRow, bucket_starts
 from services.cost.core.usage import Scope, Usage
-from services.cost.core.windows import EPOCH, Span
+from services.cost.core.windows import EPOCH
 from services.cost.store.accounts import Accounts
 from services.cost.store.catalog import CatalogStore
 from services.cost.store.measure import measure
@@ -101,16 +101,6 @@ SELECT DISTINCT window_start FROM counters WHERE limit_number = $1 ORDER BY wind
 _COUNTERS: Final = """
 SELECT name, held, settled FROM counters WHERE limit_number = $1 AND window_start = $2
 """
-
-
-class Consumption(NamedTuple):
-    """What one counter of a limit has in its current window."""
-
-    limit: Limit
-    counter: str
-    window: Span
-    held: int
-    settled: int
 
 
 class Difference(NamedTuple):

@@ -8,11 +8,11 @@ from typing import Any, Final
 
 import asyncpg
 
+from services.cost.core.catalog import Catalog
 from services.cost.core.holds import Denial, Hold, Refusal, State
 from services.cost.core.usage import Metric, Usage
 from services.cost.core.windows import Window
 from services.cost.store.accounts import Accounts
-from services.cost.store.catalog import Catalog
 
 # What a hold has only when it is resolved comes as one column, which is null for most.
 HOLD_COLUMNS: Final = """account, request_id, tokens, pages, bytes, requests, held_nanos_usd,
