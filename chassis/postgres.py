@@ -78,7 +78,6 @@ async def connect_pool(
     *,
     role: str | None,
     schema: str,
-    min_size: int = 1,
     max_size: int = 8,
     pooled: bool = False,
     prepare: Callable[[_Connection], Awaitable[None]] | None = None,
@@ -109,7 +108,7 @@ async def connect_pool(
     async def connect() -> Pool:
         return await asyncpg.create_pool(
             url,
-            min_size=min_size,
+            min_size=1,
             max_size=max_size,
             init=init,
             connection_class=RoomConnection,

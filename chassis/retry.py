@@ -23,20 +23,15 @@ def _wait(state: RetryCallState) -> float:
     return max(_backoff(state), min(asked or 0.0, 5.0) * 0.1)
 
 
-def retrying(
-    attempts: int = 5,
-    *,
-    for_s: float | None = None,
-    on: tuple[type[BaseException], ...] = (Unavailable,),
-) -> AsyncRetrying:
-    """Retry what raises `on`, at most `attempts` times and, where given, for at most `for_s`.
+def retrying(attempts: int, *, for_s: float | None = None) -> AsyncRetrying:
+    """Retry what raises Unavailable, at most `attempts` times and, if given, for at most `for_s`.
 
-    Use as `async for attempt in retrying(): with attempt: …`; the last error is raised as it was.
+    Use as `async for attempt in retrying(3): with attempt: …`; the last error is raised as it was.
     """
     stop = stop_after_attempt(attempts)
     return AsyncRetrying(
         stop=stop | stop_after_delay(for_s) if for_s is not None else stop,
         wait=_wait,
-        retry=retry_if_exception_type(on),
+        retry=retry_if_exception_type(Unavailable),
         reraise=True,
     )

@@ -47,7 +47,7 @@ async def add(
         _tell_what_goes_on(files, terminal)
         raise
     terminal.json(summary(files))
-    tell_summary(files, terminal, watch=watch)
+    tell_summary(files, terminal)
     if any(file.has_failed for file in files):
         raise Failed
 
@@ -165,7 +165,7 @@ def summary(files: Sequence[Added]) -> dict[str, Any]:
     return {"documents": told} | counts
 
 
-def tell_summary(files: Sequence[Added], terminal: Terminal, *, watch: bool = True) -> None:
+def tell_summary(files: Sequence[Added], terminal: Terminal) -> None:
     """What became of the files, for people: counts, then each one that failed or waits, and why."""
     states = [file.state for file in files]
     parts = [

@@ -52,9 +52,9 @@ async def holds(
 
 
 async def each_hold(
-    ledger: Caller, tenant: str, request_id: str = "", state: State | None = None
+    ledger: Caller, tenant: str, request_id: str, state: State | None = None
 ) -> AsyncIterator[cost_pb2.Hold]:
-    """Every hold of a tenant, or of one request of its, the newest first."""
+    """Every hold of a tenant, of one request of its where that is named, the newest first."""
     request = cost_pb2.ListHoldsRequest(tenant=tenant, request_id=request_id, page_size=PAGE_SIZE)
     if state is not None:
         request.state = cost_pb2.HoldState.Value(f"HOLD_STATE_{state.name}")

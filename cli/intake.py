@@ -18,6 +18,7 @@ from chassis.call import REQUEST_ID, new_request_id
 from chassis.errors import TollgateError
 from cli.caller import Caller, Unreachable
 from cli.command import Misused, described
+from cli.together import together
 
 INLINE_BYTES_MAX = 4 << 20
 PART_BYTES = 512 << 10
@@ -165,13 +166,7 @@ class Adding:
 
         Raises Unreachable.
         """
-        tasks = [asyncio.create_task(self._one(file)) for file in files]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await together(*(self._one(file) for file in files))
 
     async def _one(self, file: Added) -> None:
         async with self._places:

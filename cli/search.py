@@ -45,7 +45,7 @@ async def searched(
     text: str,
     *,
     collection: str = "",
-    limit: int = 5,
+    limit: int,
     filters: dict[str, str] | None = None,
 ) -> pb.SearchResponse:
     """Ask the corpus. Raises the TollgateError that it meant."""

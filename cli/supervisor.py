@@ -32,6 +32,7 @@ from chassis.embedded import EmbeddedPostgres, EmbeddedPostgresError
 from chassis.identity import sign
 from chassis.settings import MeshSettings
 from cli import logs, ports
+from cli.together import together
 
 # In the order in which each can find its peers; they are stopped in the opposite one.
 ROOMS = ("cost", "storage", "parser", "embedder", "router", "corpus")
@@ -195,7 +196,7 @@ class Supervisor:
         await self._start_database()
         for room in late:
             await self._spawn(room)
-        await _all(*(self._first_start(room) for room in self._rooms.values()))
+        await together(*(self._first_start(room) for room in self._rooms.values()))
         await self._until_routed()
 
     async def _start_database(self) -> None:
@@ -307,7 +308,7 @@ class Supervisor:
             self.stopping.set()
 
     async def _watch(self) -> None:
-        await _all(*(self._keep(room) for room in self._rooms.values()), self._keep_database())
+        await together(*(self._keep(room) for room in self._rooms.values()), self._keep_database())
 
     async def _keep(self, room: _Room) -> None:
         while True:
@@ -317,7 +318,7 @@ class Supervisor:
             logs.trim(room.log)
             if room.process.returncode is None:
                 continue
-            _end_group(room.process.pid, signal.SIGKILL)
+            _kill_group(room.process.pid)
             if time.monotonic() - room.started > _STEADY_S:
                 room.failures = 0
             delay_s = min(_BACKOFF_S * 2**room.failures, _BACKOFF_MAX_S)
@@ -382,21 +383,10 @@ class Supervisor:
                 {waiting, hurried}, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED
             )
             if not waiting.done():
-                _end_group(process.pid, signal.SIGKILL)
+                _kill_group(process.pid)
             await waiting
-        _end_group(process.pid, signal.SIGKILL)
+        _kill_group(process.pid)
         self.report.progress(room.name, "stopped")
-
-
-async def _all(*works: Coroutine[Any, Any, None]) -> None:
-    """Do all of it at once; the first failure ends the rest and is raised."""
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 HealthCheck = grpc.aio.UnaryUnaryMultiCallable[
@@ -452,10 +442,10 @@ def _dialled(listen: str) -> str:
     return f"127.0.0.1{colon}{port}" if host in {"0.0.0.0", "[::]", "::", "*"} else listen  # noqa: S104  # compared, not bound
 
 
-def _end_group(pid: int, number: signal.Signals) -> None:
-    """Signal a daemon and all that it started; nothing where they are gone."""
+def _kill_group(pid: int) -> None:
+    """Kill a daemon and all that it started; nothing where they are gone."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, number)
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _ending(code: int | None) -> str:

@@ -111,12 +111,12 @@ def table(*columns: str, rows: Iterable[Sequence[Any]] = ()) -> Table:
     return made
 
 
-def local_time(stamp: Timestamp, *, with_date: bool = True) -> str:
+def local_time(stamp: Timestamp) -> str:
     """An instant in the reader's own time zone; empty where it is unset."""
     if not stamp.seconds:
         return ""
     moment = datetime.fromtimestamp(stamp.seconds).astimezone()
-    return moment.strftime("%Y-%m-%d %H:%M:%S" if with_date else "%H:%M:%S")
+    return moment.strftime("%Y-%m-%d %H:%M:%S")
 
 
 def lower(name: str, prefix: str) -> str:

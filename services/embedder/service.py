@@ -14,6 +14,7 @@ from tollgate.router.v1 import answer_pb2
 
 from chassis.answer import stamp
 from chassis.call import current
+from chassis.varint import varint
 from services.embedder.core import Embedder, Model, Provider, Request, Vectors
 
 # The tag of a length-delimited field 1: both of EmbedResponse.vectors and of Vector.values.
@@ -91,18 +92,8 @@ def packed(vectors: Vectors) -> bytes:
 def _header(dimensions: int) -> bytes:
     """What stands before the components of each vector: the tags and lengths of both fields."""
     values = dimensions * 4
-    inner = _FIELD_1 + _varint(values)
-    return _FIELD_1 + _varint(len(inner) + values) + inner
-
-
-def _varint(value: int) -> bytes:
-    """Base 128, least significant group first; the high bit says that more follow."""
-    groups = bytearray()
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    groups.append(value)
-    return bytes(groups)
+    inner = _FIELD_1 + varint(values)
+    return _FIELD_1 + varint(len(inner) + values) + inner
 
 
 def _model(provider: Provider, model: Model) -> pb.Model:

@@ -325,7 +325,7 @@ class BackendPeers:
         self,
         backends: Sequence[Backend],
         mesh: MeshSettings,
-        on_change: Callable[[Backend], None] = lambda _: None,
+        on_change: Callable[[Backend], None],
     ) -> None:
         self._on_change = on_change
         self._peers = {

@@ -242,7 +242,7 @@ class Objects:
         self, tenant: str, page_size: int, page_token: str
     ) -> tuple[list[Bucket], str]:
         """Buckets in order of name, and the token of the next page."""
-        limit = checked_page_size("page_size", page_size)
+        limit = checked_page_size(page_size)
         scope = ("buckets", tenant)
         after = self._tokens.read(scope, page_token)
         found = await self._catalog.list_buckets(tenant, after, limit + 1)
@@ -255,7 +255,7 @@ class Objects:
         """Objects in order of the bytes of their names, and the token of the next page."""
         checked_bucket("bucket", bucket)
         checked_text("prefix", prefix, 1_024, empty=True)
-        limit = checked_page_size("page_size", page_size)
+        limit = checked_page_size(page_size)
         scope = ("objects", tenant, bucket, prefix)
         found = await self._catalog.list_objects(
             tenant,

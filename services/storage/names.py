@@ -81,12 +81,12 @@ def checked_pairs(field: str, pairs: Mapping[str, str]) -> dict[str, str]:
     return dict(pairs)
 
 
-def checked_page_size(field: str, size: int) -> int:
+def checked_page_size(size: int) -> int:
     """How many entries a page has at the most."""
     if size == 0:
         return PAGE_SIZE_DEFAULT
     if not 1 <= size <= PAGE_SIZE_MAX:
-        raise InvalidField.of(field, f"must be 1 to {PAGE_SIZE_MAX:,}")
+        raise InvalidField.of("page_size", f"must be 1 to {PAGE_SIZE_MAX:,}")
     return size
 
 

@@ -15,7 +15,7 @@ from chassis.errors import DocumentEncrypted, InvalidField, TollgateError
 from chassis.tokens import count_tokens
 from services.router.core.holds import UNITS_MAX, Units
 from services.router.core.routes import Backend, Health, Kind, Model, Need, Route
-from services.router.service.gate import labelled, varint
+from services.router.service.gate import labelled
 from services.router.service.meters import FRONTED, METERS, Bound, Metered, in_range, metered
 
 OPERATIONS = {rpc.operation: rpc for rpc in metered()}
@@ -138,13 +138,6 @@ def test_units_that_the_ledger_cannot_hold_are_out_of_range() -> None:
     assert in_range(Units(UNITS_MAX, 0, 1, 2))
     assert not in_range(Units(tokens=UNITS_MAX + 1))
     assert not in_range(Units(pages=-1))
-
-
-@given(st.integers(0, 1 << 40))
-def test_varints_are_protobuf_s(value: int) -> None:
-    """Lengths are written as protobuf reads them."""
-    written = object_pb2.GetObjectRequest.FromString(b"\x18" + varint(value))
-    assert written.offset == value
 
 
 @given(_text, _text)

@@ -40,6 +40,7 @@ from chassis.errors import (
 )
 from chassis.identity import sign
 from chassis.status import from_rpc_error, not_sent, rebuilt
+from chassis.varint import varint
 from services.router.core.holds import Ask, Hold, Ledger, Units, expected_nanos_usd, hold_id
 from services.router.core.routes import (
     Attempts,
@@ -400,7 +401,7 @@ class Gate:
                 answer, trailers = await forward(
                     passage, backend, bound, passage.time_left_s(), metadata
                 )
-            usage = self._measure(passage, backend, attempts, trailers)
+            usage = self._measure(passage, backend, trailers)
             outcome = "ok"
         except grpc.aio.AioRpcError as error:
             if not_sent(error):
@@ -447,9 +448,7 @@ class Gate:
         if not hold.held_nanos_usd:
             self._ledger.settle(hold, bound.units)
 
-    def _measure(
-        self, passage: Passage, backend: Backend, attempts: Attempts, trailers: Iterable[Any]
-    ) -> Units:
+    def _measure(self, passage: Passage, backend: Backend, trailers: Iterable[Any]) -> Units:
         """What the backend says that it used. An answer that does not say is garbage."""
         usage: bytes | None = None
         provenance: bytes | None = None
@@ -539,19 +538,6 @@ def labelled(body: bytes, provenance: bytes, receipt: bytes) -> bytes:
             receipt,
         )
     )
-
-
-def varint(value: int) -> bytes:
-    """Base 128, the least significant group first; the high bit says that more follow.
-
-    See https://protobuf.dev/programming-guides/encoding/#varints.
-    """
-    groups = bytearray()
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    groups.append(value)
-    return bytes(groups)
 
 
 def handlers(gate: Gate, table: Iterable[Metered]) -> list[grpc.GenericRpcHandler]:
