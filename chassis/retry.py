@@ -13,14 +13,16 @@ from tenacity import (
 
 from chassis.errors import TollgateError, Unavailable
 
-_backoff = wait_random_exponential(multiplier=0.1, max=5)
+WAIT_MAX_S = 5.0
+
+_backoff = wait_random_exponential(multiplier=0.1, max=WAIT_MAX_S)
 
 
 def _wait(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     asked = error.retry_after_s if isinstance(error, TollgateError) else None
-    # Never sooner than asked while the asking is short; what asks for longer is not retried here.
-    return max(_backoff(state), min(asked or 0.0, 5.0) * 0.1)
+    # No sooner than asked, up to a bound: a peer that asks for minutes may be back in seconds.
+    return max(_backoff(state), min(asked or 0.0, WAIT_MAX_S))
 
 
 def retrying(attempts: int, *, for_s: float | None = None) -> AsyncRetrying:
