@@ -35,6 +35,7 @@ Metadata = dict[str, str | bytes]
 Context = grpc.aio.ServicerContext[Any, Any]
 Proceed = Callable[[], Awaitable[Any]]
 Authenticate = Callable[[Metadata], Call]
+Refused = Callable[[Metadata], tuple[tuple[str, str | bytes], ...]]
 
 
 @dataclass(slots=True)
@@ -53,6 +54,8 @@ class Guard:
 
     authenticate: Authenticate
     calls_max: int
+    refused: Refused | None = None
+    """What else goes out with an error that the handler had no part in."""
     in_flight: int = 0
     seconds: Any = field(
         default_factory=lambda: telemetry.meter().create_histogram(
@@ -202,7 +205,10 @@ class Interceptor(grpc.aio.ServerInterceptor):
                     await _linger(context)
                 status = to_grpc(error)
                 # What the call has set already, its receipt for one, goes out with the error.
-                trailers = tuple(status.trailing_metadata) + tuple(context.trailing_metadata())
+                said = tuple(context.trailing_metadata())
+                if not said and self._guard.refused is not None:
+                    said = self._guard.refused(metadata)
+                trailers = tuple(status.trailing_metadata) + said
                 await context.abort(status.code, status.details, trailers)
 
         handled: grpc.RpcMethodHandler[Any, Any] = make(

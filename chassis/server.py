@@ -24,8 +24,15 @@ from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from chassis import tasks, telemetry
 from chassis.embedded import EmbeddedPostgresError
-from chassis.interceptors import Authenticate, Context, Guard, Interceptor, mesh_identity
-from chassis.postgres import MigrationError
+from chassis.interceptors import (
+    Authenticate,
+    Context,
+    Guard,
+    Interceptor,
+    Refused,
+    mesh_identity,
+)
+from chassis.postgres import MigrationError, is_database_away
 from chassis.settings import MeshSettings, RoomSettings, SettingsError, load
 
 log = logging.getLogger(__name__)
@@ -82,6 +89,7 @@ class Daemon:
         *,
         listen: str,
         authenticate: Authenticate | None = None,
+        refused: Refused | None = None,
     ) -> None:
         self.room = room
         self.address = listen
@@ -89,7 +97,7 @@ class Daemon:
         self._health = _Health()
         self._status: dict[str, int] = {"": _SERVING}
         self._services: list[str] = []
-        guard = Guard(authenticate or mesh_identity(mesh.secret), mesh.calls_max)
+        guard = Guard(authenticate or mesh_identity(mesh.secret), mesh.calls_max, refused)
         self.server = grpc.aio.server(interceptors=[Interceptor(guard)], options=_options(mesh))
 
     def serves(self, service: str, *, providers: Iterable[str] = (), serving: bool = True) -> None:
@@ -210,6 +218,11 @@ def _rename(file: descriptor_pb2.FileDescriptorProto) -> None:
             method.output_type = renamed(method.output_type)
 
 
+_NO_DATABASE = (
+    "cannot reach the database: start it, or mend TOLLGATE_DATABASE_URL "
+    "(and TOLLGATE_DATABASE_DIRECT_URL, where it is set)"
+)
+
 Wire = Callable[[MeshSettings, Room], AbstractAsyncContextManager[Daemon]]
 
 
@@ -231,8 +244,11 @@ def launch(wire: Wire[Room], settings: type[Room]) -> None:
     except (StartError, EmbeddedPostgresError, MigrationError) as error:
         log.critical(str(error))
         sys.exit(1)
-    except Exception:
-        log.critical("cannot start", exc_info=True)
+    except Exception as error:
+        if is_database_away(error):
+            log.critical(_NO_DATABASE)
+        else:
+            log.critical("cannot start", exc_info=True)
         sys.exit(1)
     finally:
         stop_telemetry()

@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
@@ -57,6 +58,19 @@ def _address(value: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_address)]
+
+
+def _database_url(value: SecretStr) -> SecretStr:
+    url = urlsplit(value.get_secret_value())
+    try:
+        if url.scheme in ("postgresql", "postgres") and (url.port is None or url.port > 0):
+            return value
+    except ValueError:
+        pass  # A port that is no number.
+    raise ValueError("must be postgresql://USER:PASSWORD@HOST:PORT/DATABASE")
+
+
+DatabaseUrl = Annotated[SecretStr, AfterValidator(_database_url)]
 
 
 class _SecretFiles(PydanticBaseSettingsSource):
@@ -115,10 +129,10 @@ class MeshSettings(_Settings):
         description="Where the embedded database, the mesh secret, objects, models and traces are.",
     )
 
-    database_url: SecretStr | None = Field(
+    database_url: DatabaseUrl | None = Field(
         None, description="PostgreSQL 15 or later with pgvector; unset: an embedded one."
     )
-    database_direct_url: SecretStr | None = Field(
+    database_direct_url: DatabaseUrl | None = Field(
         None, description="The same database past its pooler, for migrations and listeners."
     )
     database_pooled: bool = Field(
@@ -228,13 +242,19 @@ def _read(kind: type[Mesh], faults: list[str]) -> Mesh | None:
     except ValidationError as error:
         for fault in error.errors(include_input=False, include_url=False, include_context=False):
             name = f"{prefix}{fault['loc'][0] if fault['loc'] else ''}".upper()
-            faults.append(f"{name}: {fault['msg']}")
+            faults.append(f"{name}: {_plain(fault['msg'])}")
     except SourceError as error:
         # The library names the field; it stops at the first of these.
         field = re.search(r'field "(\w+)"', str(error))
         name = f"{prefix}{field[1] if field else '*'}".upper()
         faults.append(f"{name}: must be JSON of the right shape")
     return None
+
+
+def _plain(said: str) -> str:
+    """What the library says of a value, in words for people."""
+    said = said.removeprefix("Value error, ").split(", unable to parse")[0]
+    return said.replace("Input should be", "must be").replace("String should", "must")
 
 
 def _env_file_names() -> tuple[str, ...]:

@@ -79,6 +79,7 @@ def test_all_faults_are_told_at_once_by_name_and_never_by_value(
         "TOLLGATE_ROUTER_ADDRESS": "sesame-3",
         "TOLLGATE_KITCHEN_OVENS": "0",
         "TOLLGATE_KITCHEN_LISTEN": "sesame-4",
+        "TOLLGATE_DATABASE_URL": "mysql://u:sesame-5@h/d",
     }
     for name, value in wrong.items():
         monkeypatch.setenv(name, value)
