@@ -173,7 +173,9 @@ class MeshSettings(_Settings):
         3600.0, ge=1, description="When a connection is closed so that clients spread anew."
     )
     message_bytes_max: int = Field(
-        36 << 20, ge=4 << 20, description="The largest message that a daemon reads."
+        64 << 20,
+        ge=36 << 20,
+        description="The largest message that a daemon reads; a larger one is refused by gRPC.",
     )
     calls_max: int = Field(
         4096, ge=1, description="Calls under way at which a daemon refuses more."
