@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from chassis import call as calls
 from chassis.call import Call, checked_name
-from chassis.errors import Forbidden, Unauthenticated
+from chassis.errors import Forbidden, InvalidField, Unauthenticated
 from chassis.identity import verify
 from chassis.keys import KeyFile
 
@@ -96,6 +96,17 @@ def _outside(metadata: Metadata, tenant: str, project: str, *, operator: bool) -
         provider=_name(metadata, calls.PROVIDER),
         operator=operator,
     )
+
+
+def request_id_of(metadata: Metadata) -> str:
+    """By which id to speak of a call, whoever makes it: its own where that is one, else a new."""
+    call = calls.current_or_none()
+    if call is not None:
+        return call.request_id
+    try:
+        return _request_id(metadata)
+    except InvalidField:
+        return calls.new_request_id()
 
 
 def _request_id(metadata: Metadata) -> str:

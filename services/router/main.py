@@ -7,14 +7,21 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from tollgate.router.v1 import router_pb2, router_pb2_grpc
+from tollgate.router.v1 import answer_pb2, router_pb2, router_pb2_grpc
 
+from chassis import call as calls
 from chassis import telemetry
 from chassis.keys import KeyFile, default_path
 from chassis.server import Daemon, launch
 from chassis.settings import Address, MeshSettings, RoomSettings, room_config
 from chassis.tasks import finish
-from services.router.authenticate import Authentication, authenticator, is_loopback
+from services.router.authenticate import (
+    Authentication,
+    Metadata,
+    authenticator,
+    is_loopback,
+    request_id_of,
+)
 from services.router.clients import BackendPeers, LedgerPeer
 from services.router.core.routes import MODAL_SERVICES, Backend, Health, Kind, Mode, Route
 from services.router.modes import StandingModes
@@ -129,6 +136,12 @@ def default_routes(mesh: MeshSettings) -> list[Route]:
     ]
 
 
+def nothing_held(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:
+    """The trailers of a call that was refused before the gate saw it: a receipt for nothing."""
+    receipt = answer_pb2.Receipt(request_id=request_id_of(metadata))
+    return ((calls.RECEIPT, receipt.SerializeToString()),)
+
+
 @asynccontextmanager
 async def wire(mesh: MeshSettings, settings: Settings) -> AsyncIterator[Daemon]:
     """Start the router; it serves until the context ends."""
@@ -147,6 +160,7 @@ async def wire(mesh: MeshSettings, settings: Settings) -> AsyncIterator[Daemon]:
         mesh,
         listen=settings.listen,
         authenticate=authenticator(mesh.secret, keys),
+        refused=nothing_held,
     )
 
     def tell(changed: Backend) -> None:

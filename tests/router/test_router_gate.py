@@ -10,10 +10,11 @@ import grpc
 import pytest
 from tollgate.cost.v1 import cost_pb2, limit_pb2
 from tollgate.embedder.v1 import embedder_pb2
-from tollgate.router.v1 import router_pb2
+from tollgate.router.v1 import answer_pb2, router_pb2
 
 from chassis.call import (
     CALL_ID,
+    IDENTITY,
     MODE,
     PROJECT,
     PROVENANCE,
@@ -38,6 +39,7 @@ from chassis.errors import (
     RateLimited,
     SpaceMismatch,
     TollgateError,
+    Unauthenticated,
 )
 from tests.router.router_standing import (
     EMBED,
@@ -140,6 +142,28 @@ async def test_what_can_never_fit_names_no_time(standing: Standing) -> None:
     assert found.error.retry_after_s is None
 
 
+@pytest.mark.parametrize(
+    ("metadata", "kind", "named"),
+    [
+        ([(CALL_ID, "x" * 129), (REQUEST_ID, "request-9")], InvalidField, "request-9"),
+        ([(REQUEST_ID, "x" * 129)], InvalidField, ""),
+        ([(PROJECT, "")], InvalidField, ""),
+        ([(IDENTITY, "forged"), (REQUEST_ID, "request-9")], Unauthenticated, "request-9"),
+    ],
+)
+async def test_a_call_refused_at_the_door_has_a_receipt(
+    standing: Standing, metadata: list[tuple[str, str]], kind: type[TollgateError], named: str
+) -> None:
+    """A refusal before the gate carries a receipt for nothing, under the call's request id."""
+    found = await standing.embed(metadata=metadata)
+    assert isinstance(found.error, kind)
+    assert RECEIPT in found.trailers
+    request_id = found.receipt.request_id
+    assert request_id == named if named else len(request_id) == 32
+    assert found.receipt == answer_pb2.Receipt(request_id=request_id)
+    assert await standing.holds() == []
+
+
 async def test_a_repeated_call_is_not_forwarded(standing: Standing) -> None:
     """The same call id reaches a backend once; later it is CALL_REPLAYED with the hold's state."""
     metadata = [(CALL_ID, "once")]
@@ -158,6 +182,8 @@ async def test_a_call_id_is_of_one_request(standing: Standing) -> None:
     assert (await standing.embed("a b", metadata=metadata)).answer
     again = await standing.embed("a b c d", metadata=metadata)
     assert isinstance(again.error, IdReused)
+    (held,) = await standing.settled("SETTLED")
+    assert [violation.subject for violation in again.error.violations] == [f"hold/{held.id}"]
     assert len(standing.fickle.asked) == 1
 
 
