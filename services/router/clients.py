@@ -25,12 +25,14 @@ from chassis.client import Peer
 from chassis.errors import (
     BY_REASON,
     Billed,
+    IdReused,
     Internal,
     LedgerUnavailable,
     Overloaded,
     ProviderUnavailable,
     TollgateError,
     Unavailable,
+    Violation,
 )
 from chassis.retry import retrying
 from chassis.settings import MeshSettings
@@ -270,7 +272,10 @@ def _decided(ask: Ask, result: pb.BatchAuthorizeResult, now: datetime) -> Hold |
     if result.WhichOneof("outcome") == "error":
         kind = BY_REASON.get(result.error.reason, Internal)
         retry_after_s = 1.0 if issubclass(kind, Unavailable) else None
-        return rebuilt(kind, result.error.message, [], retry_after_s, {}, Billed.NO)
+        # A batch tells no details: what was used before is the one id that was asked with.
+        reused = [Violation(f"hold/{ask.hold_id}", "was made for another call")]
+        violations = reused if kind is IdReused else []
+        return rebuilt(kind, result.error.message, violations, retry_after_s, {}, Billed.NO)
     response = result.response
     if response.WhichOneof("outcome") == "denial":
         return _denied(response.denial, now)
