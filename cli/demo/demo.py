@@ -18,11 +18,12 @@ from rich.rule import Rule
 from tollgate.corpus.v1 import corpus_pb2 as pb
 from tollgate.cost.v1 import cost_pb2
 
+from chassis.errors import TollgateError
 from chassis.settings import MeshSettings
 from cli import trace
 from cli.add import followed, summary, tell_summary
 from cli.caller import Caller
-from cli.command import Failed, Session, command
+from cli.command import Failed, Session, command, described
 from cli.holds import each_hold, hold_table
 from cli.intake import Added, document_id, files_of
 from cli.money import usd
@@ -37,10 +38,14 @@ app = typer.Typer()
 
 SAMPLES = Path(__file__).with_name("documents")
 PRICES = Path(__file__).with_name("prices.json")
+_PROBE = "What is this document about?"
 _SETTLED_TIMEOUT_S = 20.0
 _TRACE_TIMEOUT_S = 5.0
 _HITS = 2
 _DOCUMENTS_APART_MAX = 4
+# A question is a line of words; the corpus takes no more than 8 KiB.
+_QUESTION_WORDS_MAX = 20
+_QUESTION_CHARACTERS_MAX = 200
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ async def demo(
     )
     if show.missed:
         raise Failed(f"a search did not find its page: {'; '.join(show.missed)}")
+    if show.refused:
+        raise Failed("a search was refused")
 
 
 _ENVIRONMENT = {
@@ -161,6 +168,7 @@ class Show:
         self._terminal: Terminal = session.terminal
         self.told: dict[str, Any] = {}
         self.missed: list[str] = []
+        self.refused = 0
 
     async def all(self) -> None:
         """Documents, searches, holds, trace."""
@@ -189,24 +197,40 @@ class Show:
 
     async def _search(self, router: Caller) -> None:
         self._heading("searches, by meaning")
-        questions = self._questions or await self._derived(router)
         self.told["searches"] = []
+        try:
+            questions = self._questions or await self._derived(router)
+        except TollgateError as error:
+            self._refused(_PROBE, error)
+            return
         for question in questions:
-            found = await searched(router, question.text, limit=_HITS)
-            best = found.hits[0] if found.hits else pb.SearchHit()
-            is_right = _answers(best, question)
-            self.told["searches"].append(
-                {"query": question.text, "found": is_right, **as_dict(found)}
-            )
-            self._terminal.say(f'[bold]"{escape(question.text)}"[/]')
-            for number, hit in enumerate(found.hits, start=1):
-                tell_hit(self._terminal, hit, number, lines=3)
-            if self._questions and not is_right:
-                self.missed.append(f"{question.file_name} page {question.page}")
+            try:
+                found = await searched(router, question.text, limit=_HITS)
+            except TollgateError as error:
+                self._refused(question.text, error)
+            else:
+                self._found(question, found)
+
+    def _found(self, question: Question, found: pb.SearchResponse) -> None:
+        best = found.hits[0] if found.hits else pb.SearchHit()
+        is_right = _answers(best, question)
+        self.told["searches"].append({"query": question.text, "found": is_right, **as_dict(found)})
+        self._terminal.say(f'[bold]"{escape(question.text)}"[/]')
+        for number, hit in enumerate(found.hits, start=1):
+            tell_hit(self._terminal, hit, number, lines=3)
+        if self._questions and not is_right:
+            self.missed.append(f"{question.file_name} page {question.page}")
+
+    def _refused(self, text: str, error: TollgateError) -> None:
+        """Tell of a search that was not answered; what comes after it is shown all the same."""
+        why = f"{error.reason}: {described(error)}"
+        self.refused += 1
+        self.told["searches"].append({"query": text, "found": False, "refused": why})
+        self._terminal.say(f'[bold]"{escape(text)}"[/] [red]was refused: {escape(why)}[/]')
 
     async def _derived(self, router: Caller) -> list[Question]:
         """Two questions about foreign documents, from the headings or first words of passages."""
-        probe = await searched(router, "What is this document about?", limit=50)
+        probe = await searched(router, _PROBE, limit=50)
         chosen: list[Question] = []
         seen: set[Any] = set()
         several = len({hit.document_id for hit in probe.hits}) > 1
@@ -292,13 +316,21 @@ def _answers(hit: pb.SearchHit, question: Question) -> bool:
 
 
 def question_of(hit: pb.SearchHit) -> str:
-    """What to ask so that a passage should be found: its heading, or how it begins."""
-    heading = hit.headings[-1].strip() if hit.headings else ""
+    """What to ask so that a passage should be found: its heading, or how it begins.
+
+    At most 20 words and 200 characters, however long the passage goes on without an end.
+    """
+    heading = hit.headings[-1] if hit.headings else ""
     if len(heading.split()) >= 2:
-        return heading
+        return _short(heading)
     words = " ".join(hit.text.replace("#", " ").replace("|", " ").split())
     sentence = words.split(". ")[0]
-    return " ".join(sentence.split()[:12]) if len(sentence) >= 12 else ""
+    return _short(sentence) if len(sentence) >= 12 else ""
+
+
+def _short(text: str) -> str:
+    words = " ".join(text.split()[:_QUESTION_WORDS_MAX])
+    return words[:_QUESTION_CHARACTERS_MAX].rstrip()
 
 
 def summed(holds: Iterable[cost_pb2.Hold]) -> list[cost_pb2.Hold]:

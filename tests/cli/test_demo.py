@@ -98,6 +98,27 @@ def test_a_question_is_the_heading_of_a_passage_or_how_it_begins() -> None:
     assert question_of(hit(text="| 1 |")) == ""
 
 
+@pytest.mark.parametrize("text", ["a" * 9000, "wind " * 2000, "ü" * 9000, "# " + "x " * 5000])
+def test_a_question_is_short_however_long_its_passage_goes_on(text: str) -> None:
+    """No more than 20 words and 200 characters are asked, of a heading or of a sentence."""
+    hit = corpus_pb2.SearchHit
+    for asked in (question_of(hit(text=text)), question_of(hit(headings=["A " + text]))):
+        assert 12 <= len(asked) <= 200
+        assert len(asked.split()) <= 20
+
+
+def test_a_document_without_sentences_is_shown_to_the_end(state_dir: Path, tmp_path: Path) -> None:
+    """A line of 9,000 letters is searched, billed and traced like any other document."""
+    (tmp_path / "letters.txt").write_text("a" * 9000)
+    done = tollgate("demo", str(tmp_path), "--json", environment=environment_of(state_dir))
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    told = json.loads(done.stdout)
+    assert told["ready"] == 1
+    assert told["searches"]
+    assert told["holds"]
+    assert {span["service"] for span in told["trace"]} == ROOMS
+
+
 def test_holds_of_one_step_are_summed_without_losing_a_nano_dollar() -> None:
     """Sums keep providers and states apart."""
 
