@@ -11,7 +11,7 @@ from tollgate.corpus.v1 import corpus_pb2 as pb
 from tollgate.corpus.v1 import corpus_pb2_grpc
 
 from cli.caller import Caller
-from cli.command import Session, command
+from cli.command import Misused, Session, command
 from cli.documents import Collection, provenance
 from cli.terminal import Terminal
 
@@ -30,7 +30,7 @@ async def search(
     ] = None,
 ) -> None:
     """Find the passages that are nearest in meaning to a text."""
-    pairs = dict(pair.partition("=")[::2] for pair in filters or [])
+    pairs = dict(_pair(given) for given in filters or [])
     async with session.router() as router:
         found = await searched(router, text, collection=collection, limit=limit, filters=pairs)
     session.terminal.answer(found)
@@ -38,6 +38,14 @@ async def search(
         session.terminal.say("nothing found")
     for number, hit in enumerate(found.hits, start=1):
         tell_hit(session.terminal, hit, number)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    """`author=Ann` as a key and a value. Raises Misused."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise Misused(f"--filter {text}: give KEY=VALUE, such as --filter author=Ann")
+    return key, value
 
 
 async def searched(

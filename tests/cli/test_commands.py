@@ -175,6 +175,8 @@ def test_a_fresh_mesh_has_ten_dollars_a_day_and_five_an_hour(running: Up) -> Non
         ("add", "/nowhere/at/all.pdf"),
         ("usage", "--since", "yesterday"),
         ("search",),
+        ("search", "x", "--filter", "foo"),
+        ("search", "x", "--filter", "=foo"),
         ("mode", "maybe"),
         ("health", "--router", "nonsense"),
         ("frobnicate",),
