@@ -13,14 +13,8 @@ BYTES_MAX = 32 << 20
 
 def last_error(log: Path, offset: int) -> str:
     """The last thing that a daemon complained of since `offset`; empty when it said nothing."""
-    try:
-        with log.open("rb") as file:
-            file.seek(offset)
-            lines = file.read(256 << 10).decode(errors="replace").splitlines()
-    except OSError:
-        return ""
     plain = ""
-    for line in reversed([line.strip() for line in lines if line.strip()]):
+    for line in reversed(_lines(log, offset)):
         try:
             event = json.loads(line)
         except ValueError:
@@ -30,6 +24,22 @@ def last_error(log: Path, offset: int) -> str:
             details = [event.get("message"), event.get("error"), event.get("from")]
             return " ".join(str(detail) for detail in details if detail)
     return plain
+
+
+def plain_lines(log: Path, offset: int, *, prefix: str) -> list[str]:
+    """What follows `prefix` in each line since `offset` that begins with it."""
+    said = _lines(log, offset)
+    return [line.removeprefix(prefix) for line in said if line.startswith(prefix)]
+
+
+def _lines(log: Path, offset: int) -> list[str]:
+    try:
+        with log.open("rb") as file:
+            file.seek(offset)
+            lines = file.read(256 << 10).decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line.strip() for line in lines if line.strip()]
 
 
 def rotate(log: Path) -> None:

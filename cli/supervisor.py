@@ -44,6 +44,8 @@ _ROUTED_TIMEOUT_S = 10.0
 _POLL_S = 0.05
 _BACKOFF_S, _BACKOFF_MAX_S = 0.5, 30.0
 _STEADY_S = 60.0
+_FAULTS_TIMEOUT_S = 5.0
+_SETTINGS_AT_FAULT = 78
 _FREE_BYTES_MIN = 64 << 20
 _CHILD = Path(__file__).with_name("child.py")
 
@@ -77,6 +79,7 @@ class _Room:
     started: float = 0.0
     log_offset: int = 0
     failures: int = 0
+    has_served: bool = False
 
 
 @dataclass
@@ -255,8 +258,33 @@ class Supervisor:
 
     async def _first_start(self, room: _Room) -> None:
         if not await self._until_serving(room):
-            raise UpError(self._why_it_ended(room))
+            await self._until_others_served_or_ended()
+            raise UpError("\n".join(self._faults()))
+        room.has_served = True
         self.report.progress(room.name, f"serving after {time.monotonic() - room.started:.1f} s")
+
+    async def _until_others_served_or_ended(self) -> None:
+        """Let every daemon say what it finds at fault; a while at the most."""
+        deadline = time.monotonic() + _FAULTS_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if all(room.has_served or _has_ended(room) for room in self._rooms.values()):
+                return
+            await asyncio.sleep(_POLL_S)
+
+    def _faults(self) -> list[str]:
+        """What every daemon that ended has said, each thing once: settings first, a line each."""
+        settings: dict[str, None] = {}
+        others: dict[str, str] = {}
+        for room in filter(_has_ended, self._rooms.values()):
+            code = room.process.returncode if room.process else None
+            said = logs.plain_lines(room.log, room.log_offset, prefix=f"tollgate {room.name}: ")
+            if code == _SETTINGS_AT_FAULT and said:
+                settings |= dict.fromkeys(said)
+            else:
+                # Where the database fails, all that need it say the same.
+                reason = logs.last_error(room.log, room.log_offset) or room.name
+                others.setdefault(reason, self._why_it_ended(room))
+        return [*settings, *others.values()]
 
     async def _until_routed(self) -> None:
         """Wait until the router has heard of every backend how it is; a while at the most."""
@@ -278,7 +306,7 @@ class Supervisor:
         """Wait for a daemon. False when it ended instead; raises UpError when it takes too long."""
         deadline = room.started + START_TIMEOUT_S
         while time.monotonic() < deadline:
-            if room.process is None or room.process.returncode is not None:
+            if _has_ended(room):
                 return False
             if await is_serving(room.address, self.mesh):
                 return True
@@ -440,6 +468,10 @@ def _dialled(listen: str) -> str:
     if listen.startswith("unix:"):
         return listen
     return f"127.0.0.1{colon}{port}" if host in {"0.0.0.0", "[::]", "::", "*"} else listen  # noqa: S104  # compared, not bound
+
+
+def _has_ended(room: _Room) -> bool:
+    return room.process is None or room.process.returncode is not None
 
 
 def _kill_group(pid: int) -> None:

@@ -159,9 +159,23 @@ def test_a_daemon_that_cannot_start_is_one_line_with_its_own_words(tmp_path: Pat
     environment = environment_of(tmp_path / "state") | {"TOLLGATE_EMBEDDER_PROVIDERS": "nobody"}
     refused = tollgate("up", environment=environment)
     assert refused.returncode == 1
-    assert "embedder daemon" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
     assert "TOLLGATE_EMBEDDER_PROVIDERS" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_the_faults_of_all_daemons_are_told_together(tmp_path: Path) -> None:
+    """Settings of two daemons are wrong: one start names them all, each once, never a value."""
+    wrong = {
+        "TOLLGATE_ROUTER_MODE": "s3cret",
+        "TOLLGATE_ROUTER_ATTEMPTS_MAX": "s3cret",
+        "TOLLGATE_EMBEDDER_PROVIDERS": "nobody",
+    }
+    refused = tollgate("up", environment=environment_of(tmp_path / "state") | wrong)
+    assert refused.returncode == 1
+    for variable in wrong:
+        assert refused.stderr.count(variable) == 1, refused.stderr
+    assert "s3cret" not in refused.stderr
 
 
 def test_wrong_settings_are_a_wrong_use(tmp_path: Path) -> None:
