@@ -8,6 +8,7 @@ import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import grpc
 import pytest
@@ -340,24 +341,50 @@ async def test_no_mock_stands_in_for_the_genuine_space(caller: Caller, rooms: Ro
     assert (document.state, document.embedded_by.simulated) == (READY, False)
 
 
-async def test_a_document_waits_for_its_budget(whole_mesh: MeshSettings, caller: Caller) -> None:
-    """A document that fits no more this hour is DEFERRED until a later one, and not FAILED."""
+async def set_limit(mesh: MeshSettings, service: str, **content: Any) -> None:
+    """Set a hard limit of one to what a service does for the tenant `acme`."""
     exactly = partial(limit_pb2.Dimension, match=limit_pb2.MATCH_EXACT)
     limit = limit_pb2.Limit(
-        id="pages",
-        display_name="Pages",
-        scope=limit_pb2.LimitScope(tenant=exactly(value="acme"), service=exactly(value="parser")),
-        metric=limit_pb2.METRIC_PAGES,
-        window=limit_pb2.WINDOW_HOUR,
+        scope=limit_pb2.LimitScope(tenant=exactly(value="acme"), service=exactly(value=service)),
         maximum=1,
         enforcement=limit_pb2.ENFORCEMENT_HARD,
+        **content,
     )
     with calling(Call("operator")):
-        peer = Peer(whole_mesh.cost_address, whole_mesh)
+        peer = Peer(mesh.cost_address, mesh)
         limits = limit_pb2_grpc.LimitServiceStub(peer.channel)
         request = limit_pb2.CreateLimitRequest(limit=limit)
         await peer.unary(limits.CreateLimit, request, timeout_s=10)
         await peer.close()
+
+
+async def test_a_document_larger_than_a_limit_fails(
+    whole_mesh: MeshSettings, caller: Caller
+) -> None:
+    """What no minute will ever fit is FAILED at once, and says which limit to raise."""
+    await set_limit(
+        whole_mesh,
+        "embedder",
+        id="tokens",
+        display_name="Tokens a minute",
+        metric=limit_pb2.METRIC_TOKENS,
+        window=limit_pb2.WINDOW_MINUTE,
+    )
+    document = await caller.added("large.md", HANDBOOK.encode())
+    assert (document.state, document.reason) == (FAILED, "BUDGET_EXHAUSTED")
+    assert "larger than the limit Tokens a minute allows at once; raise it" in document.message
+
+
+async def test_a_document_waits_for_its_budget(whole_mesh: MeshSettings, caller: Caller) -> None:
+    """A document that fits no more this hour is DEFERRED until a later one, and not FAILED."""
+    await set_limit(
+        whole_mesh,
+        "parser",
+        id="pages",
+        display_name="Pages",
+        metric=limit_pb2.METRIC_PAGES,
+        window=limit_pb2.WINDOW_HOUR,
+    )
     assert (await caller.added("first.md", HANDBOOK.encode())).state == READY
     await caller.add("second.md", b"# Another one")
     watch = caller.corpus.WatchDocument(

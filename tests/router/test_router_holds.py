@@ -74,4 +74,17 @@ def test_minutes_alone_are_a_rate() -> None:
 
 def test_what_can_never_fit_has_no_time() -> None:
     """Without a time at which it may fit, a denial asks nobody to come again."""
-    assert refused([_refusal("LIFETIME")], None, NOW).retry_after_s is None
+    spent = refused([_refusal("LIFETIME")], None, NOW)
+    assert spent.retry_after_s is None
+    assert "waiting does not help" in spent.message
+
+
+def test_what_no_minute_fits_is_no_rate() -> None:
+    """Larger than a minute's maximum is BUDGET_EXHAUSTED, naming the limit that must be raised."""
+    large = _refusal("MINUTE", "TOKENS")._replace(requested=101)
+    error = refused([large, _refusal("MINUTE")], None, NOW)
+    assert isinstance(error, BudgetExhausted)
+    assert error.retry_after_s is None
+    assert (
+        error.message == "the call is larger than the limit 10 USD a day allows at once; raise it"
+    )

@@ -123,16 +123,32 @@ def expected_nanos_usd(usage: Units, prices: Sequence[PriceLine]) -> int:
 
 
 def refused(refusals: Sequence[Refusal], retry_at: datetime | None, now: datetime) -> TollgateError:
-    """The error for a denial: RATE_LIMITED where a minute's wait is all it takes."""
-    rate = bool(refusals) and all(refusal.window == "MINUTE" for refusal in refusals)
+    """The error for a denial: RATE_LIMITED where a minute's wait is all it takes.
+
+    Without `retry_at` no wait helps, whatever the windows: BUDGET_EXHAUSTED, to be raised.
+    """
+    minutes = bool(refusals) and all(refusal.window == "MINUTE" for refusal in refusals)
+    rate = minutes and retry_at is not None
     kind: Callable[..., TollgateError] = RateLimited if rate else BudgetExhausted
-    names = ", ".join(refusal.display_name or refusal.limit_id for refusal in refusals)
     return kind(
-        f"the call does not fit {names or 'a limit'}",
+        _not_fitting(refusals, never=retry_at is None),
         violations=[_violation(refusal) for refusal in refusals],
         retry_after_s=None if retry_at is None else max(0.0, (retry_at - now).total_seconds()),
         metadata={} if retry_at is None else {"retry_time": retry_at.astimezone(UTC).isoformat()},
     )
+
+
+def _not_fitting(refusals: Sequence[Refusal], *, never: bool) -> str:
+    """Which limits the call does not fit, and what to do where it `never` will."""
+    if too_large := [refusal for refusal in refusals if refusal.requested > refusal.maximum]:
+        names = " and the limit ".join(map(_name, too_large))
+        return f"the call is larger than the limit {names} allows at once; raise it"
+    names = ", ".join(map(_name, refusals)) or "a limit"
+    return f"the call does not fit {names}" + ("; waiting does not help, raise it" * never)
+
+
+def _name(refusal: Refusal) -> str:
+    return refusal.display_name or refusal.limit_id
 
 
 def _violation(refusal: Refusal) -> Violation:
