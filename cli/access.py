@@ -10,9 +10,10 @@ import typer
 from rich.markup import escape
 
 from chassis.call import IDENTITY
+from chassis.errors import InvalidField
 from chassis.identity import LIFETIME_S, sign
 from chassis.keys import Key, KeyFile, KeysError, default_path
-from cli.command import Failed, Session, command, group
+from cli.command import Failed, Misused, Session, command, group
 from cli.terminal import table
 
 app = typer.Typer()
@@ -66,20 +67,27 @@ def add(
     ] = False,
     path: File = None,
 ) -> None:
-    """Make an API key for the tenant of --tenant, and print it, once."""
+    """Make an API key for the tenant of --tenant, and print it, once.
+
+    For example: export TOLLGATE_API_KEY=$(tollgate keys add me)
+    """
     try:
         key, text = _file(session, path).add(
             name, tenant=session.tenant, project=project, operator=operator
         )
+    except InvalidField as error:
+        raise Misused(error.message) from None
     except KeysError as error:
         raise Failed(str(error)) from None
     session.terminal.json(_told(key) | {"key": text})
-    session.terminal.say(escape(text), style="bold")
-    session.terminal.say(
-        f"the key of {escape(key.tenant)}, id {key.id}; it is not shown again. Use it with "
-        "TOLLGATE_API_KEY, or as `authorization: Bearer …`",
-        style="dim",
-    )
+    if not session.terminal.as_json:
+        # The key alone, to be used within $(…); what is for people goes past it.
+        print(text)
+        session.terminal.errors.print(
+            f"the key of {escape(key.tenant)}, id {key.id}; it is not shown again. Use it with "
+            "TOLLGATE_API_KEY, or as `authorization: Bearer …`",
+            style="dim",
+        )
 
 
 @command(keys)

@@ -22,7 +22,7 @@ PAGE_SIZE = 1_000
 
 
 class Unreachable(Exception):
-    """Nothing answers at an address. The message names it."""
+    """What was asked for does not answer at an address. The message names it."""
 
 
 class Caller:
@@ -101,6 +101,10 @@ class Caller:
 
     def _meant(self, error: grpc.aio.AioRpcError) -> TollgateError | Unreachable:
         keys: list[Any] = [key for key, _ in error.trailing_metadata() or ()]
-        if error.code() is grpc.StatusCode.UNAVAILABLE and "grpc-status-details-bin" not in keys:
+        if "grpc-status-details-bin" in keys:
+            return from_rpc_error(error)
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            return Unreachable(f"{self.address} is not a {self.name}")
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
             return Unreachable(f"the {self.name} does not answer at {self.address}")
         return from_rpc_error(error)

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from chassis import call as calls
 from chassis.call import Call
-from chassis.errors import TollgateError
+from chassis.errors import InvalidField, NotFound, TollgateError
 from chassis.identity import sign
 from chassis.settings import MeshSettings, SettingsError, load_mesh
 from cli.caller import Caller, Unreachable
@@ -147,6 +147,7 @@ def command(
             shared = {key: given.pop(key) for key in _SHARED}
             terminal = Terminal(as_json=shared["as_json"])
             with ending(terminal):
+                _check_text(given)
                 outcome = function(_session(terminal, **shared), **given)  # type: ignore[call-arg]  # by name
                 if inspect.isawaitable(outcome):
                     asyncio.run(_awaited(outcome))
@@ -165,6 +166,17 @@ async def _awaited(outcome: Awaitable[Any]) -> None:
     await outcome
 
 
+def _check_text(given: dict[str, Any]) -> None:
+    """Raise Misused for words that are no UTF-8: no message can carry them."""
+    for name, value in given.items():
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and not text.isascii():
+                try:
+                    text.encode()
+                except UnicodeEncodeError:
+                    raise Misused(f"{name.replace('_', ' ')}: must be UTF-8") from None
+
+
 def _session(
     terminal: Terminal,
     *,
@@ -174,16 +186,43 @@ def _session(
     api_key: str | None,
     as_json: bool,
 ) -> Session:
-    given = {"router_address": router, "cost_address": cost}
-    # Validated as they would be from the environment.
+    faults = [*_name_faults(tenant), *_key_faults(api_key)]
     mesh = load_mesh()
-    update = {key: value for key, value in given.items() if value}
+    for option, address in (("router", router), ("cost", cost)):
+        if not address:
+            continue
+        try:
+            # Validated as it would be from the environment.
+            update = {f"{option}_address": _without_scheme(address)}
+            mesh = MeshSettings(**(mesh.model_dump() | update))
+        except (ValidationError, ValueError):
+            faults.append(f"--{option}: must be HOST:PORT or unix:PATH, such as 127.0.0.1:50050")
+    if faults:
+        raise Misused("; ".join(faults))
+    return Session(mesh, terminal, tenant or "", (api_key or "").strip())
+
+
+def _name_faults(tenant: str | None) -> list[str]:
+    if tenant is None:
+        return []
     try:
-        checked = MeshSettings(**(mesh.model_dump() | update))
-    except ValidationError as error:
-        faults = [f"{fault['loc'][0]}: {fault['msg']}" for fault in error.errors()]
-        raise Misused("; ".join(faults)) from None
-    return Session(checked, terminal, tenant or "", api_key or "")
+        calls.checked_name("tenant", tenant)
+    except InvalidField as error:
+        return [error.message]
+    return []
+
+
+def _key_faults(api_key: str | None) -> list[str]:
+    """A file of one line ends with a newline, which is no part of the key."""
+    key = (api_key or "").strip()
+    return [] if key.isascii() and key.isprintable() else ["API key: must be printable ASCII"]
+
+
+def _without_scheme(address: str) -> str:
+    """The address as given. Raises ValueError for a URL, which gRPC takes for a name to resolve."""
+    if not address.startswith("unix:") and ("/" in address or not address.isprintable()):
+        raise ValueError
+    return address
 
 
 @contextmanager
@@ -221,6 +260,8 @@ def described(error: TollgateError) -> str:
     parts = [error.message]
     for violation in error.violations:
         words = f"{violation.subject}: {violation.description}"
+        if isinstance(error, NotFound) and violation.subject.partition("/")[2] in error.message:
+            continue  # The message has named what is not there.
         if words not in parts and violation.description not in error.message:
             parts.append(words)
     if error.retry_after_s:
@@ -232,10 +273,13 @@ class DefaultGroup(TyperGroup):
     """A group whose first command is meant where none is named: `limits` is `limits list`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the default command's name first where the first word is no command's."""
+        """Put the default command's name first where the first word can only be meant for it."""
         names = self.list_commands(ctx)
-        if names and (not args or args[0] not in {*names, "--help", *ctx.help_option_names}):
-            args = [names[0], *args]
+        if not args or args[0] not in {*names, "--help", *ctx.help_option_names}:
+            default = self.get_command(ctx, names[0])
+            takes_words = default and any(p.param_type_name == "argument" for p in default.params)
+            if takes_words or not args or args[0].startswith("-"):
+                args = [names[0], *args]
         return super().parse_args(ctx, args)
 
 

@@ -161,7 +161,7 @@ async def set_limit(
     name: DisplayName = None,
     alert: Alert = None,
 ) -> None:
-    """Change a limit's maximum, enforcement, name or alerts: limits set tenant-day --max-usd 20"""
+    """Change a limit's maximum, enforcement, name or alerts: limits set default-day --max-usd 20"""
     async with session.ledger() as ledger:
         stub = limit_pb2_grpc.LimitServiceStub(ledger.channel)
         read = await ledger.unary(stub.GetLimit, limit_pb2.GetLimitRequest(limit_id=limit_id))

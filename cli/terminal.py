@@ -67,7 +67,8 @@ class Terminal:
     def error(self, text: str, *, reason: str = "", hint: str = "") -> None:
         """What went wrong, in one line on standard error; with `--json`, as an object."""
         if self.as_json:
-            value = {"error": {"reason": reason or "FAILED", "message": text}}
+            name = reason.upper().replace(" ", "_") or "FAILED"
+            value = {"error": {"reason": name, "message": text}}
             print(json.dumps(value, ensure_ascii=False), file=sys.stderr, flush=True)
             return
         name = f"[red bold]{reason or 'error'}[/]"

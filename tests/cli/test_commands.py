@@ -154,7 +154,7 @@ def test_a_limit_is_added_shown_changed_and_deleted(running: Up) -> None:
     asked(running, "limits", "delete", "acme-day")
     gone = tollgate("limits", "show", "acme-day", environment=running.environment)
     assert gone.returncode == 1
-    assert "NOT_FOUND" in gone.stderr
+    assert gone.stderr == "NOT_FOUND: there is no limit acme-day\n"
 
 
 def test_a_fresh_mesh_has_ten_dollars_a_day_and_five_an_hour(running: Up) -> None:
@@ -179,6 +179,15 @@ def test_a_fresh_mesh_has_ten_dollars_a_day_and_five_an_hour(running: Up) -> Non
         ("search", "x", "--filter", "=foo"),
         ("mode", "maybe"),
         ("health", "--router", "nonsense"),
+        ("health", "--router", "http://127.0.0.1:50050"),
+        ("search", "x", "--tenant", "ü"),
+        ("search", "x", "--tenant", "a\nb"),
+        ("search", "x", "--api-key", "tg_ü"),
+        ("search", "\udcff"),
+        ("limits", "--tenant", ""),
+        ("limits", "create", "x"),
+        ("keys", "add", "x", "--tenant", ""),
+        ("keys", "add", "ü"),
         ("frobnicate",),
     ],
 )
@@ -216,7 +225,7 @@ def test_a_mesh_that_is_not_there_is_exit_code_three(
     assert "Traceback" not in done.stderr
     told = CliRunner().invoke(app, [*arguments, "--json"], env=environment)
     assert told.exit_code == 3
-    assert json.loads(told.stderr)["error"]["reason"] == "unreachable"
+    assert json.loads(told.stderr)["error"]["reason"] == "UNREACHABLE"
 
 
 def test_a_document_that_cannot_be_read_is_named_with_why(running: Up, tmp_path: Path) -> None:
@@ -270,9 +279,9 @@ def test_ctrl_c_leaves_the_work_going_on(running: Up, tmp_path: Path) -> None:
     said, complained = process.communicate(timeout=30)
     assert process.returncode == 130, (said, complained)
     assert "the mesh goes on" in said or "not sent" in said
-    assert wait_until(lambda: all(d["state"] == "DOCUMENT_STATE_READY" for d in documents()), 150), (
-        documents()
-    )
+    assert wait_until(
+        lambda: all(d["state"] == "DOCUMENT_STATE_READY" for d in documents()), 150
+    ), documents()
 
 
 def test_backends_are_listed_with_their_health(running: Up) -> None:
@@ -336,12 +345,46 @@ def test_the_token_opens_a_daemon_behind_the_router(running: Up) -> None:
     assert "unauthenticated" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "address", "what"),
+    [
+        (("search", "x", "--router"), "COST", "router"),
+        (("limits", "--cost"), "ROUTER", "cost daemon"),
+        (("usage", "--cost"), "PARSER", "cost daemon"),
+    ],
+)
+def test_an_address_of_another_daemon_is_said_to_be_one(
+    running: Up, arguments: tuple[str, ...], address: str, what: str
+) -> None:
+    """The wrong daemon's address is named as such in one line, with exit code 3."""
+    there = running.environment[f"TOLLGATE_{address}_ADDRESS"]
+    done = tollgate(*arguments, there, environment=running.environment)
+    assert done.returncode == 3, done.stderr
+    assert f"{there} is not a {what}" in done.stderr
+
+
+def test_a_key_may_have_the_newline_of_its_file(running: Up) -> None:
+    """White space around TOLLGATE_API_KEY is no part of it."""
+    environment = running.environment | {"TOLLGATE_API_KEY": " tg_x\n"}
+    assert tollgate("documents", environment=environment).returncode == 0
+
+
+def test_a_usage_error_of_a_group_shows_the_usage_of_the_group() -> None:
+    """`limits create` is no word for `limits list`, and the line says which words there are."""
+    done = CliRunner().invoke(app, ["limits", "create", "x"], env=NOWHERE)
+    assert "No such command 'create'" in done.stderr
+    assert "limits list" not in done.stderr
+
+
 def test_keys_are_made_listed_and_taken_away(tmp_path: Path) -> None:
     """A key is shown once, listed without its secret, and gone after its revocation."""
     environment = dict(os.environ) | {"TOLLGATE_STATE_DIR": str(tmp_path)}
     arguments = ("keys", "add", "ci", "--tenant", "acme", "--operator", "--json")
     made = json.loads(tollgate(*arguments, environment=environment).stdout)
     assert made["key"].startswith(f"tg_{made['id']}_")
+    alone = tollgate("keys", "add", "me", environment=environment).stdout
+    assert alone.split() == [alone.strip()]
+    tollgate("keys", "revoke", alone.split("_")[1], environment=environment)
     listed = tollgate("keys", "--json", environment=environment).stdout
     assert made["key"] not in listed
     assert [(k["tenant"], k["operator"]) for k in json.loads(listed)] == [("acme", True)]
