@@ -29,6 +29,7 @@ from chassis.errors import (
     Internal,
     LedgerUnavailable,
     Overloaded,
+    PriceUnknown,
     ProviderUnavailable,
     TollgateError,
     Unavailable,
@@ -229,11 +230,12 @@ def _item(ask: Ask) -> pb.BatchAuthorizeItem:
             ),
             operation=ask.operation,
             bound=_usage(ask.bound),
-            ttl=_duration(ask.ttl_s),
             request_id=ask.request_id,
         ),
         traceparent=ask.traceparent,
     )
+    if ask.ttl_s is not None:
+        item.request.ttl.CopyFrom(_duration(ask.ttl_s))
     if ask.timeout_s is not None:
         item.timeout.CopyFrom(_duration(ask.timeout_s))
     return item
@@ -272,9 +274,7 @@ def _decided(ask: Ask, result: pb.BatchAuthorizeResult, now: datetime) -> Hold |
     if result.WhichOneof("outcome") == "error":
         kind = BY_REASON.get(result.error.reason, Internal)
         retry_after_s = 1.0 if issubclass(kind, Unavailable) else None
-        # A batch tells no details: what was used before is the one id that was asked with.
-        reused = [Violation(f"hold/{ask.hold_id}", "was made for another call")]
-        violations = reused if kind is IdReused else []
+        violations = _violations(kind, ask, result.error.message)
         return rebuilt(kind, result.error.message, violations, retry_after_s, {}, Billed.NO)
     response = result.response
     if response.WhichOneof("outcome") == "denial":
@@ -292,6 +292,13 @@ def _decided(ask: Ask, result: pb.BatchAuthorizeResult, now: datetime) -> Hold |
         replayed=response.replayed,
         traceparent=ask.traceparent,
     )
+
+
+def _violations(kind: type[TollgateError], ask: Ask, message: str) -> list[Violation]:
+    """The details of a refusal, which a batch leaves out: the ask says what it was about."""
+    if kind is IdReused:
+        return [Violation(f"hold/{ask.hold_id}", "was made for another call")]
+    return [Violation("price", message)] if kind is PriceUnknown else []
 
 
 def _denied(denial: pb.Denial, now: datetime) -> TollgateError:

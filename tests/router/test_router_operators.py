@@ -20,6 +20,7 @@ from chassis.errors import (
     LedgerUnavailable,
     NoBackend,
     Overloaded,
+    PriceUnknown,
     ProviderUnavailable,
     TollgateError,
     Unauthenticated,
@@ -235,6 +236,17 @@ async def _until_serving(standing: Standing) -> None:
         assert found.error.code == "UNAVAILABLE"
         await asyncio.sleep(0.1)
     raise AssertionError("the backend is not seen")
+
+
+async def test_a_call_without_a_price_is_refused(mesh: MeshSettings) -> None:
+    """PRICE_UNKNOWN says for what a price must be set; nothing is sent."""
+    async with started(mesh, priced=False) as standing:
+        found = await standing.embed()
+        assert isinstance(found.error, PriceUnknown)
+        (violation,) = found.error.violations
+        assert violation.subject == "price"
+        assert "fickle" in violation.description
+        assert standing.fickle.asked == []
 
 
 async def test_the_backends_are_listed_with_how_they_fare(standing: Standing) -> None:
