@@ -40,7 +40,10 @@ class PriceLine(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What the ledger is asked. `timeout_s` is how long the asker waits, None for ever."""
+    """What the ledger is asked. `timeout_s` is how long the asker waits, None for ever.
+
+    `ttl_s` is how long the hold stays open, None for as long as the ledger's own default.
+    """
 
     hold_id: str
     tenant: str
@@ -51,7 +54,7 @@ class Ask:
     simulated: bool
     operation: str
     bound: Units
-    ttl_s: float
+    ttl_s: float | None
     request_id: str
     traceparent: str
     timeout_s: float | None

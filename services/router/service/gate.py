@@ -59,7 +59,9 @@ Asked = TypeVar("Asked", bound=Message)
 # Tags of the fields 14 (provenance) and 15 (receipt) of every unary answer.
 _PROVENANCE_TAG, _RECEIPT_TAG = b"\x72", b"\x7a"
 
-# How much longer than the call itself its hold stays open, so that settling finds it open.
+# How much longer than the call itself its hold stays open, so that settling finds it open. A call
+# without a deadline has the ledger's default: its worst case would tie a budget up long after its
+# caller has gone, and should it last longer, settling corrects what expiry has charged.
 _SETTLING_S = 60.0
 
 # How long a backend may take over a question of the gate's own.
@@ -267,7 +269,9 @@ class Gate:
                 passage.passed_on = True
                 sent += data_bytes(passage.metered.decode(data))
                 if sent > bytes_max:
-                    raise InvalidField.of("data", "must not be more than header.max_bytes")
+                    raise InvalidField.of(
+                        "header.max_bytes", f"more than the {bytes_max:,} declared came"
+                    )
                 await uploading.write(data)
             await uploading.done_writing()
         except asyncio.InvalidStateError:
@@ -362,7 +366,7 @@ class Gate:
             simulated=backend.simulated,
             operation=passage.metered.operation,
             bound=bound.units,
-            ttl_s=left_s + _SETTLING_S,
+            ttl_s=left_s + _SETTLING_S if passage.ends is not None else None,
             request_id=call.request_id,
             traceparent=telemetry.traceparent() if passage.span else passage.traceparent,
             timeout_s=left_s if passage.ends is not None else None,
