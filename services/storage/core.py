@@ -367,7 +367,7 @@ class Objects:
         """Refuse what cannot be stored; returns the content type."""
         _checked(header.place)
         if not 0 <= header.bytes_max <= self._object_bytes_max:
-            raise InvalidField.of("max_bytes", f"must be 0 to {self._object_bytes_max:,}")
+            raise InvalidField.of("header.max_bytes", f"must be 0 to {self._object_bytes_max:,}")
         checked_pairs("metadata", header.metadata)
         checked_text("if_etag", header.condition.if_etag, ETAG_BYTES_MAX, empty=True)
         if header.condition.if_etag and header.condition.if_absent:
@@ -432,7 +432,9 @@ class _Tally:
             raise InvalidField.of("data", "must be at most 1 MiB a message")
         self.size_bytes += len(chunk)
         if self.size_bytes > self._bytes_max:
-            raise InvalidField.of("max_bytes", f"more than the {self._bytes_max:,} declared came")
+            raise InvalidField.of(
+                "header.max_bytes", f"more than the {self._bytes_max:,} declared came"
+            )
         self.digest.update(chunk)
 
 

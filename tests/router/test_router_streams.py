@@ -207,20 +207,33 @@ async def test_an_object_goes_in_and_comes_out(whole: Mesh) -> None:
     assert ranged.bound.bytes == ranged.usage.bytes == 20
 
 
-async def test_an_upload_may_not_exceed_what_it_declared(whole: Mesh) -> None:
+@pytest.mark.parametrize("mode", ["REAL", "MOCK"])
+async def test_an_empty_object_is_one(whole: Mesh, mode: str) -> None:
+    """An upload of 0 declared bytes is stored, and read back as nothing."""
+    await whole.bucket((MODE, mode))
+    stored = await whole.put(b"", (MODE, mode), max_bytes=0)
+    assert stored.answer.object.size_bytes == 0
+    found = await whole.get((MODE, mode))
+    assert (found.error, content(found)) == (None, b"")
+
+
+@pytest.mark.parametrize("most", [len(TEXT) - 1, 0])
+async def test_an_upload_may_not_exceed_what_it_declared(whole: Mesh, most: int) -> None:
     """More bytes than declared are refused, nothing is stored, and the hold is released."""
     await whole.bucket()
-    found = await whole.put(TEXT, max_bytes=len(TEXT) - 1)
+    found = await whole.put(TEXT, max_bytes=most)
     assert isinstance(found.error, InvalidField)
+    assert found.error.violations[0].subject == "header.max_bytes"
     assert isinstance((await whole.get()).error, NotFound)
     await whole.settled("RELEASED", "SETTLED")
 
 
-@pytest.mark.parametrize("max_bytes", [0, -1, -(1 << 63)])
+@pytest.mark.parametrize("max_bytes", [-1, -(1 << 63)])
 async def test_an_upload_must_declare_its_bytes(whole: Mesh, max_bytes: int) -> None:
-    """Without a bound an upload is refused before anything is held."""
+    """With a bound that is none an upload is refused before anything is held."""
     found = await whole.put(TEXT, max_bytes=max_bytes)
     assert isinstance(found.error, InvalidField)
+    assert found.error.violations[0].subject == "header.max_bytes"
     assert await whole.holds() == []
 
 
@@ -276,6 +289,22 @@ async def test_leaving_a_parse_is_no_fault(whole: Mesh) -> None:
     assert found.error is None
     listed = await whole.router.ListBackends(router_pb2.ListBackendsRequest(service="parser"))
     assert sum(backend.in_flight for backend in listed.backends) == 0
+
+
+@pytest.mark.parametrize(("timeout_s", "ttl_max_s"), [(30, 100), (None, 120)])
+async def test_a_hold_outlives_its_call_by_little(
+    whole: Mesh, timeout_s: float | None, ttl_max_s: float
+) -> None:
+    """A hold is open for a minute beyond the deadline, or as long as the ledger's default."""
+    call = whole.parser.Parse(
+        parser_pb2.ParseRequest(document=parser_pb2.Document(content=_pdf(1))),
+        metadata=(ACME,),
+        timeout=timeout_s,
+    )
+    assert (await streamed(call)).error is None
+    (hold,) = await whole.settled("SETTLED")
+    ttl_s = (hold.expire_time.ToDatetime() - hold.create_time.ToDatetime()).total_seconds()
+    assert 60 < ttl_s <= ttl_max_s
 
 
 class Broken(parser_pb2_grpc.ParserServiceServicer):

@@ -153,8 +153,8 @@ async def _upload(request: object_pb2.PutObjectRequest, backend: Backend, ask: A
     del backend, ask
     if request.WhichOneof("part") != "header":
         raise InvalidField.of("header", "must be the first message")
-    if request.header.max_bytes <= 0:
-        raise InvalidField.of("header.max_bytes", "must be the most bytes that will follow")
+    if request.header.max_bytes < 0:
+        raise InvalidField.of("header.max_bytes", "must not be negative")
     return Bound(Units(bytes=request.header.max_bytes, requests=1))
 
 
