@@ -15,12 +15,14 @@ from rich.text import Text
 from cli.caller import Caller, Unreachable
 from cli.command import Failed, Session, command
 from cli.documents import STATE_COLOURS, Collection
-from cli.intake import Added, Adding, document_id, files_of
+from cli.intake import Added, Adding, files_of, is_simulated
 from cli.terminal import Terminal, as_dict, local_time, table
 
 app = typer.Typer()
 
 _BARS_MAX = 14
+# As wide as `ready (simulated): 9 pages, 9 chunks`.
+_STAGE = 36
 
 
 @command(app)
@@ -38,7 +40,7 @@ async def add(
 
     The exit code is 1 where one failed. Ctrl-C stops the following only.
     """
-    files = [Added(path, document_id(path)) for path in files_of(paths)]
+    files = files_of(paths)
     terminal = session.terminal
     try:
         async with session.router() as router:
@@ -65,7 +67,7 @@ async def followed(
         await Adding(router, collection=collection, watch=watch).all(files)
         return
     if not terminal.console.is_terminal:
-        lines = _Lines(terminal)
+        lines = Lines(terminal)
         await Adding(router, collection=collection, watch=watch, changed=lines.changed).all(files)
         return
     with _progress(terminal, files) as progress:
@@ -75,8 +77,8 @@ async def followed(
 
 def _progress(terminal: Terminal, files: Sequence[Added]) -> Progress:
     # The names get what the rest leaves: bar, percent, stage, time.
-    longest = max(len(file.path.name) for file in files)
-    names = max(12, min(longest, terminal.width - 58, 40))
+    longest = max(len(file.name) for file in files)
+    names = max(12, min(longest, terminal.width - _STAGE - 28, 40))
     return Progress(
         TextColumn(f"{{task.fields[file]:<{names}.{names}}}", style="bold"),
         BarColumn(bar_width=10 if terminal.width < 100 else 24),
@@ -87,17 +89,28 @@ def _progress(terminal: Terminal, files: Sequence[Added]) -> Progress:
     )
 
 
-class _Lines:
-    """For logs and pipes: one line when a document has ended."""
+class Lines:
+    """For logs and pipes: a line when a document comes to a stage, begins to wait, or has ended."""
 
     def __init__(self, terminal: Terminal) -> None:
         self._terminal = terminal
-        self._told: set[str] = set()
+        self._told: dict[str, tuple[str, str, int]] = {}
 
     def changed(self, file: Added) -> None:
-        if file.state in STATE_COLOURS and file.document_id not in self._told:
-            self._told.add(file.document_id)
-            self._terminal.say(f"{escape(file.path.name)}: {escape(file.stage)}")
+        reason, message = file.why
+        now = (file.state, reason, file.document.retry_time.seconds)
+        if self._told.get(file.document_id) == now:
+            return
+        self._told[file.document_id] = now
+        parts = [f"{file.name}: {file.stage}", *([message] if message else []), *_until(file)]
+        # As one line, however long: for grep.
+        self._terminal.console.print(escape("; ".join(parts)), soft_wrap=True)
+
+
+def _until(file: Added) -> list[str]:
+    """When a document that waits is tried again, where that is known."""
+    when = local_time(file.document.retry_time) if file.state == "deferred" else ""
+    return [f"tried again at {when}"] if when else []
 
 
 class _Bars:
@@ -118,7 +131,7 @@ class _Bars:
     def _bar(self, file: Added, *, start: bool = True) -> TaskID:
         if file.document_id not in self._tasks:
             self._tasks[file.document_id] = self._progress.add_task(
-                "", total=100, start=start, file=file.path.name, stage=_padded(file.state, "")
+                "", total=100, start=start, file=file.name, stage=_padded(file.state, "")
             )
         return self._tasks[file.document_id]
 
@@ -134,14 +147,14 @@ class _Bars:
             self._progress.stop_task(task)
             if self._are_many:
                 stage = _padded(file.stage, colour)
-                self._progress.console.print(f"{escape(file.path.name)}: {stage.rstrip()}")
+                self._progress.console.print(f"{escape(file.name)}: {stage.rstrip()}")
                 self._progress.remove_task(task)
                 self._progress.update(self._all, advance=1)
 
 
 def _padded(stage: str, colour: str) -> str:
     """A stage as markup of always the same width, so that nothing moves."""
-    words = escape(f"{stage:<30.30}")
+    words = escape(f"{stage:<{_STAGE}.{_STAGE}}")
     return f"[{colour}]{words}[/]" if colour else words
 
 
@@ -173,6 +186,8 @@ def tell_summary(files: Sequence[Added], terminal: Terminal) -> None:
         for name, colour in STATE_COLOURS.items()
         if states.count(name)
     ]
+    if simulated := sum(f.state == "ready" and is_simulated(f.document) for f in files):
+        parts.insert(1, f"[yellow]{simulated} of them simulated[/]")
     if going_on := sum(state not in STATE_COLOURS for state in states):
         parts.append(f"{going_on} under way: `tollgate documents` shows them")
     terminal.say(", ".join(parts))
@@ -180,9 +195,8 @@ def tell_summary(files: Sequence[Added], terminal: Terminal) -> None:
     for file in files:
         if file.state in ("failed", "deferred"):
             reason, message = file.why
-            name = Text(file.path.name, style=STATE_COLOURS[file.state])
-            when = local_time(file.document.retry_time)
-            rows.append([name, reason, message + (f"; tried again at {when}" if when else "")])
+            name = Text(file.name, style=STATE_COLOURS[file.state])
+            rows.append([name, reason, "; ".join([message, *_until(file)])])
     if rows:
         terminal.show(table("document", "reason", "why", rows=rows))
 

@@ -16,7 +16,7 @@ from tollgate.storage.v1 import object_pb2, object_pb2_grpc
 from chassis.errors import NotFound, TollgateError
 from cli.caller import PAGE_SIZE, Caller
 from cli.command import Failed, Session, command, described, group
-from cli.intake import BUCKET
+from cli.intake import BUCKET, is_simulated
 from cli.money import usd
 from cli.terminal import local_time, lower, size, table
 
@@ -76,7 +76,7 @@ async def show(
             _state(d),
             f"{d.progress.pages_total:,}",
             f"{d.progress.chunks_total:,}",
-            usd(d.charged_nanos_usd),
+            charged(d),
             size(d.size_bytes),
             local_time(d.create_time),
         ]
@@ -111,7 +111,7 @@ async def _show_one(session: Session, document_id_: str, collection: str) -> Non
         ["tried again at", local_time(d.retry_time)],
         ["pages", f"{d.progress.pages_done} of {d.progress.pages_total}"],
         ["chunks", f"{d.progress.chunks_done} of {d.progress.chunks_total}"],
-        ["charged", usd(d.charged_nanos_usd)],
+        ["charged", charged(d)],
         ["parsed by", provenance(d.parsed_by)],
         ["embedded by", provenance(d.embedded_by)],
         ["request id", d.request_id],
@@ -161,7 +161,14 @@ async def _delete_upload(router: Caller, name: str) -> None:
 def _state(document: pb.Document) -> Text:
     state = lower(pb.DocumentState.Name(document.state), "DOCUMENT_STATE_")
     reason = f": {document.reason}" if document.reason else ""
-    return Text(f"{state}{reason}", style=STATE_COLOURS.get(state, ""))
+    how = " (simulated)" if is_simulated(document) else ""
+    return Text(f"{state}{how}{reason}", style=STATE_COLOURS.get(state, ""))
+
+
+def charged(document: pb.Document) -> str:
+    """What a document cost; what a mock did of it is at a notional price, and never spend."""
+    amount = usd(document.charged_nanos_usd)
+    return f"{amount} simulated" if is_simulated(document) else amount
 
 
 def provenance(of: answer_pb2.Provenance) -> str:

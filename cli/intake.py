@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import mimetypes
+import os
 import re
+import stat
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +27,7 @@ INLINE_BYTES_MAX = 4 << 20
 PART_BYTES = 512 << 10
 BUCKET = "documents"
 TOGETHER = 6
+_UNREADABLE = "FILE_UNREADABLE"
 
 _ENDED = (pb.DOCUMENT_STATE_READY, pb.DOCUMENT_STATE_FAILED, pb.DOCUMENT_STATE_DEFERRED)
 # The share of the work that is done when a stage begins, in percent; within parsing and embedding
@@ -49,6 +53,11 @@ class Added:
     message: str = ""
     percent: int = 0
     is_sending: bool = False
+    # For people, and the mesh: as much of the path as tells it from the others.
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self.name = self.name or _shown(Path(self.path.name))
 
     @property
     def state(self) -> str:
@@ -76,6 +85,9 @@ class Added:
     def stage(self) -> str:
         """Where it stands, for people: `embedding 12/40 chunks`."""
         progress, state = self.document.progress, self.document.state
+        if self.why[0]:
+            # It failed, or it waits: for a budget, or in a stage for what that needs.
+            return f"{self.state}: {self.why[0]}"
         if state == pb.DOCUMENT_STATE_PARSING and progress.pages_done:
             total = f"/{progress.pages_total}" if progress.pages_total else ""
             return f"parsing {progress.pages_done}{total} pages"
@@ -83,9 +95,8 @@ class Added:
             return f"embedding {progress.chunks_done}/{progress.chunks_total} chunks"
         if state == pb.DOCUMENT_STATE_READY:
             pages = counted(progress.pages_total, "page")
-            return f"ready: {pages}, {counted(progress.chunks_total, 'chunk')}"
-        if self.has_failed or state == pb.DOCUMENT_STATE_DEFERRED:
-            return f"{self.state}: {self.why[0]}"
+            how = " (simulated)" if is_simulated(self.document) else ""
+            return f"ready{how}: {pages}, {counted(progress.chunks_total, 'chunk')}"
         return self.state
 
     def now(self, document: pb.Document) -> None:
@@ -97,6 +108,11 @@ class Added:
 def counted(number: int, noun: str) -> str:
     """`1 page`, `6 pages`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def is_simulated(document: pb.Document) -> bool:
+    """Whether a mock made its pages or its vectors."""
+    return document.parsed_by.simulated or document.embedded_by.simulated
 
 
 Changed = Callable[[Added], None]
@@ -114,28 +130,83 @@ def percent_of(document: pb.Document) -> int:
     return begins + (ends - begins) * min(done, total) // total if total else begins
 
 
-def files_of(paths: Sequence[Path]) -> list[Path]:
+def files_of(paths: Sequence[Path]) -> list[Added]:
     """The files named, and those in the folders named, sorted; hidden ones are left out.
 
-    Raises Misused where there is nothing under a name.
+    What is there and cannot be read is among them, as failed, with why. Raises Misused where there
+    is nothing under a name.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, str] = {}
     for path in paths:
-        if path.is_dir():
-            inside = sorted(
-                file
-                for file in path.rglob("*")
-                if file.is_file()
-                and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            )
-            found |= dict.fromkeys(inside)
-        elif path.is_file():
-            found[path] = None
+        if os.path.isdir(path):
+            found |= {file: why for file, why in sorted(_inside(path).items()) if file not in found}
+        elif os.path.lexists(path):
+            found.setdefault(path, _unreadable(path))
         else:
             raise Misused(f"there is no file {path}")
     if not found:
         raise Misused(f"there are no files in {', '.join(map(str, paths))}")
-    return list(found)
+    files = [
+        Added(path, document_id(path), reason=_UNREADABLE if why else "", message=why)
+        for path, why in found.items()
+    ]
+    for file, name in zip(files, names_apart(list(found)), strict=True):
+        file.name = name
+    return files
+
+
+def _inside(folder: Path) -> dict[Path, str]:
+    """What is in a folder and below that is no folder, and why it cannot be read, or nothing."""
+    found: dict[Path, str] = {}
+
+    def untold(error: OSError) -> None:
+        found[Path(error.filename)] = error.strerror or str(error)
+
+    for place, folders, names in os.walk(folder, onerror=untold):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        # A walk lists a link to a folder among the folders, and does not follow it.
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        for name in (*links, *names):
+            if not name.startswith("."):
+                path = Path(place) / name
+                found[path] = _unreadable(path)
+    return found
+
+
+def _unreadable(path: Path) -> str:
+    """Why a path cannot be read as a file; empty where it can. Opens nothing but files."""
+    try:
+        kind = path.stat().st_mode
+        if stat.S_ISREG(kind):
+            path.open("rb").close()
+            return ""
+    except FileNotFoundError:
+        return "it is a link to something that is not there"
+    except OSError as error:
+        return error.strerror or str(error)
+    if stat.S_ISDIR(kind):
+        return "it is a link to a folder, which is not followed"
+    return "it is a named pipe" if stat.S_ISFIFO(kind) else "it is no regular file"
+
+
+def names_apart(paths: Sequence[Path]) -> list[str]:
+    """The shortest end of each path that no other of them has: `a.md`, or `old/a.md`."""
+    parts = [path.absolute().parts for path in paths]
+    ends = Counter(part[-n:] for part in parts for n in range(1, len(part) + 1))
+    return [_shown(_end_apart(part, ends)) for part in parts]
+
+
+def _end_apart(parts: tuple[str, ...], ends: Counter[tuple[str, ...]]) -> Path:
+    for length in range(1, len(parts)):
+        if ends[parts[-length:]] == 1:
+            return Path(*parts[-length:])
+    return Path(*parts)
+
+
+def _shown(path: Path) -> str:
+    """A path as text that can be printed and sent, whatever bytes are in its name."""
+    text = str(path).encode("utf-8", "replace").decode()
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def document_id(path: Path) -> str:
@@ -144,7 +215,9 @@ def document_id(path: Path) -> str:
     The same file always has the same id, so that adding it again adds a revision. At most 128
     letters, digits, dots, underscores and hyphens.
     """
-    place = hashlib.sha256(str(path.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    place = hashlib.sha256(os.path.realpath(path).encode("utf-8", "surrogateescape")).hexdigest()[
+        :8
+    ]
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", path.name).strip("-.") or "document"
     return f"{slug[:100]}-{place}"
 
@@ -169,6 +242,9 @@ class Adding:
         await together(*(self._one(file) for file in files))
 
     async def _one(self, file: Added) -> None:
+        if file.reason:
+            self._changed(file)
+            return
         async with self._places:
             try:
                 file.is_sending = True
@@ -179,7 +255,7 @@ class Adding:
             except TollgateError as error:
                 file.reason, file.message = error.reason, described(error)
             except OSError as error:
-                file.reason, file.message = "FILE_UNREADABLE", error.strerror or str(error)
+                file.reason, file.message = _UNREADABLE, error.strerror or str(error)
             self._changed(file)
 
     async def _add(self, file: Added) -> None:
@@ -187,7 +263,7 @@ class Adding:
         request = pb.AddDocumentRequest(
             document_id=file.document_id,
             collection=self._collection,
-            file_name=file.path.name.encode("utf-8", "replace").decode(),
+            file_name=file.name,
             media_type=mimetypes.guess_type(file.path.name)[0] or "",
         )
         # One request id for the upload and all that follows from it.

@@ -25,7 +25,7 @@ from cli.add import followed, summary, tell_summary
 from cli.caller import Caller
 from cli.command import Failed, Session, command, described
 from cli.holds import each_hold, hold_table
-from cli.intake import Added, document_id, files_of
+from cli.intake import Added, files_of
 from cli.money import usd
 from cli.ports import free_ports
 from cli.search import searched, tell_hit
@@ -80,7 +80,7 @@ async def demo(
     """
     began = time.monotonic()
     terminal = session.terminal
-    files = [Added(path, document_id(path)) for path in files_of(paths or [SAMPLES])]
+    files = files_of(paths or [SAMPLES])
     mine = session.with_mesh(_mesh(session.mesh))
     supervisor = Supervisor(
         mine.mesh,
@@ -252,19 +252,22 @@ class Show:
             style="dim",
         )
         self._terminal.show(hold_table(self._grouped(holds), with_time=False))
-        held = sum(hold.held_nanos_usd for hold in holds)
-        charged = sum(hold.charged_nanos_usd for hold in holds)
+        genuine = [hold for hold in holds if not hold.scope.simulated]
+        held = sum(hold.held_nanos_usd for hold in genuine)
+        charged = sum(hold.charged_nanos_usd for hold in genuine)
         self._terminal.say(
             f"{len(holds)} holds for {len(self._files)} documents: held {usd(held)}, "
             f"charged [bold]{usd(charged)}[/]"
         )
+        if simulated := len(holds) - len(genuine):
+            self._terminal.say(f"{simulated} of them simulated, which is never counted as spend")
 
     def _grouped(self, holds: list[cost_pb2.Hold]) -> dict[str, list[cost_pb2.Hold]]:
         """The holds by document, a step's as one; of many documents all as one."""
         if len(self._files) > _DOCUMENTS_APART_MAX:
             return {f"{len(self._files)} documents": summed(holds)}
         return {
-            file.path.name: summed(h for h in holds if h.request_id == file.document.request_id)
+            file.name: summed(h for h in holds if h.request_id == file.document.request_id)
             for file in self._files
             if file.document.request_id
         }
@@ -290,7 +293,7 @@ class Show:
         )
         if subject is None or not subject.document.request_id:
             return
-        self._heading(f"the trace of {subject.path.name}")
+        self._heading(f"the trace of {escape(subject.name)}")
         spans = await self._whole_trace(subject.document.request_id)
         self.told["trace"] = trace.as_json(spans)
         if spans:
@@ -338,7 +341,14 @@ def summed(holds: Iterable[cost_pb2.Hold]) -> list[cost_pb2.Hold]:
     sums: dict[tuple[Any, ...], cost_pb2.Hold] = {}
     for hold in holds:
         scope = hold.scope
-        key = (scope.service, hold.operation, scope.provider, scope.model, hold.state)
+        key = (
+            scope.service,
+            hold.operation,
+            scope.provider,
+            scope.model,
+            hold.state,
+            scope.simulated,
+        )
         if key not in sums:
             sums[key] = cost_pb2.Hold()
             sums[key].CopyFrom(hold)

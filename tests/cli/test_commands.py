@@ -128,7 +128,9 @@ def test_usage_names_what_was_done(running: Up, added: dict[str, Any]) -> None:
 
     def rows() -> Any:
         found = {
-            r["scope"]["service"]: r for r in asked(running, "usage", "--by", "service")["rows"]
+            r["scope"]["service"]: r
+            for r in asked(running, "usage", "--by", "service")["rows"]
+            if not r["scope"]["simulated"]
         }
         return found if {"parser", "embedder"} <= set(found) else None
 
@@ -307,14 +309,69 @@ def test_the_mode_is_shown_switched_and_switched_back(running: Up) -> None:
     assert modes()["embedder"] == before["embedder"]
 
 
+def test_simulated_work_is_marked_everywhere_and_is_no_spend(
+    running: Up, added: dict[str, Any], tmp_path: Path
+) -> None:
+    """What mocks made says so in `add` and `documents`, and no total of `usage` has it."""
+
+    def spent() -> Any:
+        return asked(running, "usage", "--by", "service")
+
+    (tmp_path / "tides.md").write_text("# Tides\n\nThe sea comes in twice a day.\n")
+    before = {m["service"]: m["mode"] for m in asked(running, "mode")["modes"]}
+    genuine = spent()["total"]
+    asked(running, "mode", "mock")
+    try:
+        said = read(running, "add", str(tmp_path), "--collection", "mocked")
+    finally:
+        asked(running, "mode", before["embedder"].removeprefix("MODE_").lower())
+    assert "tides.md: ready (simulated): " in said
+    assert "1 ready, 1 of them simulated" in said
+    listed = read(running, "documents", "--collection", "mocked")
+    assert "ready (simulated)" in listed
+    assert wait_until(lambda: int(spent()["simulated"]["charged_nanos_usd"]) > 0, 30)
+    assert spent()["total"] == genuine
+    for row in spent()["rows"]:
+        assert row["scope"]["simulated"] or row["charged_nanos_usd"] == "0"
+    table = read(running, "usage")
+    assert "simulated" in table
+    assert "never counted as spend" in table
+
+
+def test_namesakes_and_files_that_cannot_be_read_are_told_apart_by_name(
+    running: Up, tmp_path: Path
+) -> None:
+    """`add` off a terminal names each stage, two files of one name, and a pipe with why."""
+    for folder in ("old", "new"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "r.md").write_text(f"# Boats\n\nThe {folder} boat floats.\n")
+    os.mkfifo(tmp_path / "pipe")
+    arguments = ("add", str(tmp_path), "--collection", "apart")
+    done = tollgate(*arguments, environment=running.environment)
+    assert done.returncode == 1
+    for words in ("old/r.md: storing", "new/r.md: ready: 1 page", "pipe: failed: FILE_UNREADABLE"):
+        assert words in done.stdout
+    hits = asked(running, "search", "boats", "--collection", "apart")["hits"]
+    assert {hit["file_name"] for hit in hits} == {"old/r.md", "new/r.md"}
+
+
 def test_health_asks_every_daemon(running: Up) -> None:
-    """All rooms, their services and providers answer for themselves."""
+    """All rooms, their services and providers answer for themselves, the router for its own."""
     found = asked(running, "health")
     assert {line["daemon"] for line in found} == {
         "cost", "storage", "parser", "embedder", "router", "corpus",
     }  # fmt: skip
     assert {line["status"] for line in found} == {"SERVING"}
     assert "minilm" in {line["provider"] for line in found}
+    assert {line["service"] for line in found if line["daemon"] == "router"} == {
+        "",
+        "tollgate.router.v1.RouterService",
+        "tollgate.parser.v1.ParserService",
+        "tollgate.embedder.v1.EmbedderService",
+        "tollgate.storage.v1.ObjectService",
+        "tollgate.storage.v1.VectorService",
+        "tollgate.corpus.v1.CorpusService",
+    }
 
 
 def test_prices_are_listed(running: Up) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import re
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from tollgate.corpus.v1 import corpus_pb2 as pb
 
+from cli.add import Lines
 from cli.command import Misused
-from cli.intake import Added, document_id, files_of, percent_of
+from cli.intake import Added, document_id, files_of, names_apart, percent_of
+from cli.terminal import Terminal
 
 
 def test_a_folder_stands_for_the_files_in_it_but_not_for_hidden_ones(tmp_path: Path) -> None:
@@ -21,7 +29,97 @@ def test_a_folder_stands_for_the_files_in_it_but_not_for_hidden_ones(tmp_path: P
     for name in ("z.md", "b/a.pdf", ".hidden", ".git/config"):
         (tmp_path / name).write_text("x")
     found = files_of([tmp_path, tmp_path / "z.md"])
-    assert [str(path.relative_to(tmp_path)) for path in found] == ["b/a.pdf", "z.md"]
+    assert [str(file.path.relative_to(tmp_path)) for file in found] == ["b/a.pdf", "z.md"]
+    assert not any(file.reason for file in found)
+
+
+def test_what_cannot_be_read_is_named_with_why_and_nothing_hangs(tmp_path: Path) -> None:
+    """Broken links, loops, pipes and links to folders are told of; good files go on."""
+    (tmp_path / "good.md").write_text("x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "broken.md").symlink_to(tmp_path / "nowhere.md")
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "folder")
+    (tmp_path / "loop.md").symlink_to(tmp_path / "loop.md")
+    os.mkfifo(tmp_path / "pipe.md")
+    found = {file.name: file for file in files_of([tmp_path])}
+    assert {name: file.why for name, file in found.items()} == {
+        "good.md": ("", ""),
+        "broken.md": ("FILE_UNREADABLE", "it is a link to something that is not there"),
+        "elsewhere": ("FILE_UNREADABLE", "it is a link to a folder, which is not followed"),
+        "loop.md": ("FILE_UNREADABLE", os.strerror(errno.ELOOP)),
+        "pipe.md": ("FILE_UNREADABLE", "it is a named pipe"),
+    }
+    assert found["pipe.md"].has_failed
+    assert files_of([tmp_path / "pipe.md"])[0].why == found["pipe.md"].why
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_is_named_with_why(tmp_path: Path) -> None:
+    """A file and a folder without permission are told of."""
+    (tmp_path / "secret.md").write_text("x")
+    (tmp_path / "vault").mkdir()
+    for name in ("secret.md", "vault"):
+        (tmp_path / name).chmod(0)
+    denied = ("FILE_UNREADABLE", os.strerror(errno.EACCES))
+    try:
+        assert {file.name: file.why for file in files_of([tmp_path])} == {
+            "secret.md": denied,
+            "vault": denied,
+        }
+    finally:
+        (tmp_path / "vault").chmod(0o700)
+
+
+def test_files_of_one_name_are_told_apart_by_the_shortest_path_that_does() -> None:
+    """A name of its own stays short; namesakes get as many folders as they need."""
+    paths = ["/x/a/one/r.md", "/x/b/one/r.md", "/x/b/two/r.md", "/x/s.md", "/x/s.md.bak"]
+    assert names_apart([Path(path) for path in paths]) == [
+        "a/one/r.md", "b/one/r.md", "two/r.md", "s.md", "s.md.bak",
+    ]  # fmt: skip
+    assert names_apart([Path("/a/b\n.md")]) == ["b?.md"]
+
+
+def test_a_stage_says_what_is_simulated_and_what_is_waited_for() -> None:
+    """A ready document of a mock is marked as such; a stage that waits has its reason."""
+    ready = pb.Document(
+        state=pb.DOCUMENT_STATE_READY,
+        progress=pb.DocumentProgress(pages_total=3, chunks_total=3),
+    )
+    file = Added(Path("a.md"), "a", document=ready)
+    assert file.stage == "ready: 3 pages, 3 chunks"
+    for of in (ready.parsed_by, ready.embedded_by):
+        of.simulated = True
+        assert file.stage == "ready (simulated): 3 pages, 3 chunks"
+        of.simulated = False
+    file.document = pb.Document(state=pb.DOCUMENT_STATE_EMBEDDING, reason="BACKEND_UNAVAILABLE")
+    assert file.stage == "embedding: BACKEND_UNAVAILABLE"
+
+
+def test_off_a_terminal_every_stage_and_wait_is_one_line() -> None:
+    """A change of stage, of reason or of the time to wait is told once; progress is not."""
+    said = io.StringIO()
+    lines = Lines(Terminal(console=Console(file=said, width=40)))
+    file = Added(Path("a.md"), "a")
+    until = int(datetime(2026, 1, 31, 12).timestamp())
+    for document in (
+        pb.Document(state=pb.DOCUMENT_STATE_PARSING),
+        pb.Document(state=pb.DOCUMENT_STATE_PARSING, progress=pb.DocumentProgress(pages_done=1)),
+        pb.Document(state=pb.DOCUMENT_STATE_EMBEDDING, reason="NO_BACKEND", message="none serves"),
+        pb.Document(
+            state=pb.DOCUMENT_STATE_DEFERRED,
+            reason="LIMIT_EXCEEDED",
+            message="[day] is used up",
+            retry_time=Timestamp(seconds=until),
+        ),
+    ):
+        file.now(document)
+        lines.changed(file)
+        lines.changed(file)
+    assert said.getvalue().splitlines() == [
+        "a.md: parsing",
+        "a.md: embedding: NO_BACKEND; none serves",
+        "a.md: deferred: LIMIT_EXCEEDED; [day] is used up; tried again at 2026-01-31 12:00:00",
+    ]
 
 
 def test_a_missing_file_and_an_empty_folder_are_a_wrong_use(tmp_path: Path) -> None:
