@@ -20,7 +20,7 @@ from cli.terminal import table
 
 app = typer.Typer()
 
-_SERVICES = {
+_OWN = {
     "cost": ("CostService", "LimitService", "PriceService", "UsageService"),
     "storage": ("ObjectService", "VectorService"),
     "parser": ("ParserService",),
@@ -28,12 +28,21 @@ _SERVICES = {
     "router": ("RouterService",),
     "corpus": ("CorpusService",),
 }
+_FRONTED = ("parser", "embedder", "storage", "corpus")
+
+
+def _services(room: str) -> list[str]:
+    """The full names of what a daemon has a health of; the router has one of all that it fronts."""
+    rooms = [room, *(_FRONTED if room == "router" else ())]
+    return [f"tollgate.{of}.v1.{service}" for of in rooms for service in _OWN[of]]
+
+
 _COLOURS = {"SERVING": "green", "NOT_SERVING": "red", "UNREACHABLE": "red"}
 
 
 @dataclass(frozen=True)
 class _Health:
-    """What one daemon says of itself, or of one of its services and providers."""
+    """What one daemon says of itself, or of a service (by its full name) or a provider of it."""
 
     daemon: str
     address: str
@@ -94,15 +103,14 @@ async def _providers(session: Session) -> dict[str, list[str]]:
 async def _asked(session: Session, room: str, providers: dict[str, list[str]]) -> list[_Health]:
     address: str = getattr(session.mesh, f"{room}_address")
     names = [("", "")]
-    for service in _SERVICES[room]:
+    for service in _services(room):
         names.append((service, ""))
         # Providers stand behind the first service of a room that has them.
         names += [(service, provider) for provider in providers.get(room, [])]
     async with channel(address, session.mesh) as dialled:
         found = []
         for service, provider in names:
-            full = f"tollgate.{room}.v1.{service}" if service else ""
-            full += f"/{provider}" if provider else ""
+            full = f"{service}/{provider}" if provider else service
             try:
                 request = health_pb2.HealthCheckRequest(service=full)
                 answer = await check(dialled)(request, timeout=5)

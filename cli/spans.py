@@ -65,16 +65,20 @@ def of_request(spans: Iterable[Span], request_id: str) -> list[Span]:
 
 
 def newest(spans: Iterable[Span]) -> list[Span]:
-    """The spans of the trace that began last, of those in which daemons worked together.
+    """The spans of the trace that began last, of those that the router began and others joined.
 
     Looking at the ledger, or work that a daemon does by itself, has traces too: they are taken only
-    where there are no others. Empty without any.
+    where there are no others, those of the router first. Empty without any.
     """
     traces: dict[str, list[Span]] = {}
     for span in spans:
         traces.setdefault(span.trace_id, []).append(span)
-    return max(
-        traces.values(),
-        key=lambda t: (len({s.service for s in t}) > 1, min(s.start_ns for s in t)),
-        default=[],
-    )
+    return max(traces.values(), key=_telling, default=[])
+
+
+def _telling(spans: list[Span]) -> tuple[bool, bool, int]:
+    """How likely a trace is the one that somebody wants to see: greater is likelier."""
+    ids = {span.span_id for span in spans}
+    first = min(spans, key=lambda span: (span.parent_id in ids, span.start_ns))
+    is_asked = first.service == "router" and first.kind == "server"
+    return is_asked, len({span.service for span in spans}) > 1, first.start_ns

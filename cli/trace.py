@@ -95,7 +95,7 @@ def drawing(spans: list[Span], width: int, *, every: bool = False) -> Group:
         (f"  request {request_ids[0]}" if request_ids else "", "dim"),
     )
     summary = Text.assemble(
-        f"{len(spans)} spans in {waterfall.duration(total_ns)} across ",
+        f"{len(spans)} span{'s' * (len(spans) != 1)} in {waterfall.duration(total_ns)} across ",
         *[part for name in services for part in ((name, _COLOURS.get(name, "")), " ")],
         (f"({hidden} short ones left out: --all draws every one)" if hidden else "", "dim"),
     )

@@ -19,7 +19,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from chassis.settings import MeshSettings
+from chassis.settings import Address, MeshSettings, RoomSettings, load, room_config
 from cli.command import Failed, Session, command
 from cli.supervisor import ROOMS, Interrupted, Reporter, Supervisor, UpError
 from cli.terminal import INTERRUPTED, Terminal, table
@@ -52,7 +52,7 @@ async def up(session: Session) -> None:
             context = supervisor.running()
             await context.__aenter__()
         try:
-            _tell_where(session.mesh, terminal)
+            _tell_where(session.mesh, _Gate.load(), terminal)
             await supervisor.stopping.wait()
         finally:
             terminal.say()
@@ -66,6 +66,21 @@ async def up(session: Session) -> None:
         raise typer.Exit(INTERRUPTED) from None
     terminal.say("stopped; nothing is left running")
     terminal.json({"event": "stopped"}, in_one_line=True)
+
+
+class _Gate(RoomSettings):
+    """Those of the router's settings that its callers must know of."""
+
+    model_config = room_config("router")
+
+    listen: Address = "127.0.0.1:50050"
+    authentication: str = "none"
+    keys_file: Path | None = None
+
+    @classmethod
+    def load(cls) -> _Gate:
+        """As the router reads them."""
+        return load(MeshSettings, cls)[1]
 
 
 class Told:
@@ -121,15 +136,21 @@ class Told:
         self._terminal.say(f"[dim]{clock}[/] {escape(text)}")
 
 
-def _tell_where(mesh: MeshSettings, terminal: Terminal) -> None:
+def _tell_where(mesh: MeshSettings, gate: _Gate, terminal: Terminal) -> None:
     addresses = {room: getattr(mesh, f"{room}_address") for room in sorted(ROOMS, key=_order)}
-    curl = by_reflection(mesh.router_address)
+    with_key = gate.authentication == "keys"
+    curl = by_reflection(mesh.router_address, with_key=with_key)
+    program = "tollgate" if shutil.which("tollgate") else _beside("tollgate")
+    first = variables(mesh, gate.keys_file)
+    if with_key:
+        first.append(f"export TOLLGATE_API_KEY=$({program} keys add me)")
     terminal.json(
         {
             "event": "serving",
             "pid": os.getpid(),
             "addresses": addresses,
             "state_dir": str(mesh.state_dir.absolute()),
+            "first": first,
             "curl": curl,
         },
         in_one_line=True,
@@ -137,10 +158,9 @@ def _tell_where(mesh: MeshSettings, terminal: Terminal) -> None:
     rows = [(name, address, _WHAT[name]) for name, address in addresses.items()]
     terminal.show(table("daemon", "address", "what it is", rows=rows))
     terminal.say(f"state and logs in {escape(str(mesh.state_dir))}\n", style="dim")
-    default = MeshSettings.model_fields["router_address"].default
-    at = "" if mesh.router_address == default else " (same settings)"
-    terminal.say(f"Try it in another terminal{at}:")
-    program = "tollgate" if shutil.which("tollgate") else _beside("tollgate")
+    terminal.say("Try it in another terminal, in this directory:")
+    for line in first:
+        _as_it_is(line, terminal)
     for words, what in (
         (f"add {_SAMPLES}", "add the sample documents"),
         ('search "too windy to lift?"', "find a passage by its meaning"),
@@ -149,29 +169,53 @@ def _tell_where(mesh: MeshSettings, terminal: Terminal) -> None:
         ("trace", "the newest request, everywhere"),
         ("health", "whether all is well"),
     ):
-        terminal.say(f"  [bold]{escape(f'{program} {words}'):<47}[/] [dim]{what}[/]")
+        if words == "trace" and mesh.otlp_endpoint:
+            continue  # Traces are at the collector.
+        # A comment, so that the whole line can be copied.
+        terminal.say(f"  [bold]{escape(f'{program} {words}'):<47}[/]  [dim]# {what}[/]")
     terminal.say("\nOr any gRPC client, by reflection:")
-    # Printed as it is: a line that a terminal folds can still be copied whole.
-    if not terminal.as_json:
-        terminal.console.print(f"  {escape(curl)}", soft_wrap=True)
+    _as_it_is(curl, terminal)
     terminal.say("\nCtrl-C stops everything.")
+
+
+def _as_it_is(line: str, terminal: Terminal) -> None:
+    """A line that a terminal folds can still be copied whole."""
+    if not terminal.as_json:
+        terminal.console.print(f"  {escape(line)}", soft_wrap=True)
+
+
+def variables(mesh: MeshSettings, keys_file: Path | None = None) -> list[str]:
+    """What a shell must say for its commands to find this mesh: a line each, no secrets."""
+    needed = {
+        f"TOLLGATE_{name.upper()}": str(getattr(mesh, name))
+        for name in (*(f"{room}_address" for room in sorted(ROOMS, key=_order)), "state_dir")
+        if getattr(mesh, name) != MeshSettings.model_fields[name].default
+    }
+    if keys_file is not None:
+        needed["TOLLGATE_ROUTER_KEYS_FILE"] = str(keys_file)
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in needed.items()]
+    if mesh.mesh_secret is not None:
+        lines.append("export TOLLGATE_MESH_SECRET=…  # the same as here")
+    return lines
 
 
 def _order(room: str) -> int:
     return list(_WHAT).index(room)
 
 
-def by_reflection(router_address: str) -> str:
+def by_reflection(router_address: str, *, with_key: bool = False) -> str:
     """A line for a shell that asks the router for its backends with nothing but reflection.
 
-    With grpcurl where it is on the PATH, else with the buf of this environment.
+    With grpcurl where it is on the PATH, else with the buf of this environment; with the key of
+    TOLLGATE_API_KEY where the router asks for one.
     """
     method = "tollgate.router.v1.RouterService/ListBackends"
+    header = '-H "authorization: Bearer $TOLLGATE_API_KEY" ' if with_key else ""
     buf = _buf()
     if shutil.which("grpcurl") or not buf:
-        return f"grpcurl -plaintext {router_address} {method}"
+        return f"grpcurl -plaintext {header}{router_address} {method}"
     return (
-        f"{shlex.quote(buf)} curl --protocol grpc --http2-prior-knowledge "
+        f"{shlex.quote(buf)} curl --protocol grpc --http2-prior-knowledge {header}"
         f"http://{router_address}/{method}"
     )
 

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -202,6 +203,42 @@ def test_the_line_for_reflection_works_as_printed(running: Up) -> None:
     done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "minilm" in done.stdout
+
+
+def test_every_line_to_try_works_as_printed(tmp_path: Path) -> None:
+    """With keys and a state directory elsewhere, a bare shell that types what is printed gets on.
+
+    The lines are typed one after the other, in this directory, and each must end well.
+    """
+    environment = environment_of(tmp_path / "a state")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli.main", "up"],
+        env=environment | {"TOLLGATE_ROUTER_AUTHENTICATION": "keys"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        said: list[str] = []
+        for line in process.stdout:
+            said.append(line.rstrip())
+            if "Ctrl-C stops" in line:
+                break
+        begin = next(i for i, line in enumerate(said) if line.startswith("Try it"))
+        lines = [line for line in said[begin:-1] if line and not line.endswith(":")]
+        # Traces come a second after the call.
+        lines = [f"sleep 2; {line}" if " trace " in line else line for line in lines]
+        assert len(lines) > 10, said
+        bare = {k: v for k, v in environment.items() if not k.startswith("TOLLGATE_")}
+        script = "set -e\n" + "\n".join(lines)
+        done = subprocess.run(
+            ["sh", "-c", script], env=bare, capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode == 0, (lines, done.stdout, done.stderr)
+        assert "minilm" in done.stdout
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=STOP_TIMEOUT_S)
 
 
 def test_the_last_error_of_a_log_is_its_last_complaint(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -177,7 +178,17 @@ def test_a_request_has_its_whole_trace_from_the_files_of_all_daemons(tmp_path: P
 
 
 def test_the_newest_trace_is_one_that_somebody_asked_for(tmp_path: Path) -> None:
-    """What daemons do by themselves later does not hide the last request."""
+    """What daemons do by themselves later, and reading the ledger, do not hide the last request."""
     own = Span("t9", "z", "", "corpus", "looks for jobs", 99 * MS, 100 * MS)
-    _write(tmp_path, [span("a", request_id="r1"), span("b", "a", service="cost"), own])
+    asks = Span("t9", "y", "z", "storage", "answers", 99 * MS, 100 * MS)
+    read = Span("t8", "x", "", "cost", "ListLimits", 99 * MS, 100 * MS, "server")
+    mine = [span("a", kind="server", request_id="r1"), span("b", "a", service="cost")]
+    _write(tmp_path, [*mine, own, asks, read])
     assert {s.span_id for s in newest(read_spans(tmp_path))} == {"a", "b"}
+
+
+def test_one_span_is_not_told_as_many() -> None:
+    """The summary counts as people do."""
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(drawing([span("a")], 100))
+    assert "1 span in" in console.export_text()
