@@ -238,6 +238,14 @@ class Hit:
     provenance: Provenance | None
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search answers: chunks, and where the question's vector came from."""
+
+    hits: Sequence[Hit]
+    embedded_by: Provenance
+
+
 # --- what the parser and the embedder answer -----------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from services.corpus.core import (
     Added,
     Changes,
     Document,
+    Found,
     Gate,
     Hit,
     Near,
@@ -198,7 +199,7 @@ class Library:
 
     async def search(
         self, tenant: str, *, query: str, collection: str, limit: int, only: Mapping[str, str]
-    ) -> list[Hit]:
+    ) -> Found:
         """The chunks nearest in meaning to a text, the nearest first."""
         gate = self._gate()
         space = await gate.space(self._model)
@@ -207,8 +208,8 @@ class Library:
             near = await gate.near(space, collection, embedded.vectors[0], limit=limit, only=only)
         except NotFound:
             # The space is made with the first document: before it there is nothing to find.
-            return []
-        return await self._documents.hits(tenant, near)
+            near = []
+        return Found(await self._documents.hits(tenant, near), embedded.provenance)
 
 
 async def _set_within(event: asyncio.Event, timeout_s: float) -> bool:

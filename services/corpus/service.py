@@ -93,23 +93,29 @@ class CorpusService(corpus_pb2_grpc.CorpusServiceServicer):
         return pb.DeleteDocumentResponse(chunks=chunks, vectors=vectors)
 
     async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:
-        hits = await self._library.search(
+        found = await self._library.search(
             current().tenant,
             query=core.checked_query(request.query),
             collection=core.checked_collection(request.collection),
             limit=core.checked_count("limit", request.limit, default=core.HITS, most=core.HITS_MAX),
             only=core.checked_metadata("filter", request.filter),
         )
-        _stamp(context)
-        return pb.SearchResponse(hits=map(_hit, hits))
+        _stamp(context, found.embedded_by)
+        return pb.SearchResponse(hits=map(_hit, found.hits))
 
 
-def _stamp(context: Context) -> None:
-    """The corpus's own part of a call is one request; what it asks others for they account for."""
+def _stamp(context: Context, embedded_by: core.Provenance | None = None) -> None:
+    """The corpus's own part of a call is one request; what it asks others for they account for.
+
+    An answer is as genuine as the embedding that it was found by.
+    """
+    by = embedded_by or core.Provenance()
     stamp(
         context,
         usage=usage_pb2.Usage(requests=1),
-        provenance=answer_pb2.Provenance(provider=PROVIDER),
+        provenance=answer_pb2.Provenance(
+            provider=PROVIDER, model=by.model, space_id=by.space_id, simulated=by.simulated
+        ),
     )
 
 

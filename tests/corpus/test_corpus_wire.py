@@ -18,10 +18,10 @@ from grpc_status import rpc_status
 from tollgate.corpus.v1 import corpus_pb2 as pb
 from tollgate.corpus.v1 import corpus_pb2_grpc
 from tollgate.cost.v1 import limit_pb2, limit_pb2_grpc
-from tollgate.router.v1 import router_pb2, router_pb2_grpc
+from tollgate.router.v1 import answer_pb2, router_pb2, router_pb2_grpc
 from tollgate.storage.v1 import object_pb2, object_pb2_grpc
 
-from chassis.call import Call, calling
+from chassis.call import PROVENANCE, Call, calling
 from chassis.client import Peer
 from chassis.settings import MeshSettings
 from services.corpus.main import Settings, wire
@@ -315,6 +315,26 @@ async def test_simulated_vectors_are_searched_only_by_simulated_ones(caller: Cal
     hits = await caller.search("sourdough bread")
     assert {hit.document_id for hit in hits} == {"mock.md"}
     assert all(hit.provenance.simulated for hit in hits)
+
+
+async def test_a_search_says_by_what_embedding_it_was_made(caller: Caller) -> None:
+    """A search is labelled as its question's embedding, also where nothing is found."""
+    for mode in (router_pb2.MODE_REAL, router_pb2.MODE_MOCK):
+        request = router_pb2.SetModeRequest(service="embedder", mode=mode)
+        await caller.router.SetMode(request, metadata=ACME)
+        for added in (False, True):
+            if added:
+                await caller.added(f"{mode}.md", HANDBOOK.encode())
+            search = caller.corpus.Search(pb.SearchRequest(query="bread"), metadata=ACME)
+            answer = await search
+            assert bool(answer.hits) is added
+            provenance = answer.provenance
+            assert provenance.provider == "corpus"
+            assert provenance.simulated is (mode == router_pb2.MODE_MOCK)
+            assert provenance.model
+            assert provenance.space_id
+            trailers = dict(await search.trailing_metadata())
+            assert answer_pb2.Provenance.FromString(trailers[PROVENANCE]) == provenance
 
 
 async def test_no_mock_stands_in_for_the_genuine_space(caller: Caller, rooms: Rooms) -> None:

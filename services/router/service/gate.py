@@ -471,7 +471,8 @@ class Gate:
         units = Units(used.tokens, used.pages, used.bytes, used.requests)
         if origin.provider not in ("", backend.provider) or not in_range(units):
             raise OutcomeUnknown("the answer is not what was asked for")
-        # What the gate knows comes last, so that it wins: a merge of serialized messages.
+        # What the gate knows comes last, so that it wins: a merge of serialized messages. False is
+        # not written down, so an answer that either of them calls simulated is.
         passage.provenance = origin.SerializeToString() + passage.provenance
         return units
 
