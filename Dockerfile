@@ -21,6 +21,7 @@ RUN useradd --system --uid 10001 --home-dir /var/lib/tollgate --create-home toll
 COPY --from=build /opt/tollgate /opt/tollgate
 ENV PATH=/opt/tollgate/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    GRPC_ENABLE_FORK_SUPPORT=0 \
     TOLLGATE_STATE_DIR=/var/lib/tollgate
 USER 10001
 WORKDIR /var/lib/tollgate

@@ -246,6 +246,8 @@ class Supervisor:
 
     def _environment_of(self, room: _Room) -> dict[str, str]:
         made = {**os.environ, **self.environment, "PYTHONUNBUFFERED": "1"}
+        # Daemons start processes by exec alone: gRPC's fork handlers could only warn.
+        made["GRPC_ENABLE_FORK_SUPPORT"] = "0"
         made["TOLLGATE_STATE_DIR"] = str(self.state_dir)
         if self._database is not None:
             made["TOLLGATE_DATABASE_URL"] = self._database_url
