@@ -24,6 +24,7 @@ from cli.command import Misused, described
 from cli.together import together
 
 INLINE_BYTES_MAX = 4 << 20
+NAME_BYTES_MAX = 1 << 10
 PART_BYTES = 512 << 10
 BUCKET = "documents"
 TOGETHER = 6
@@ -263,7 +264,7 @@ class Adding:
         request = pb.AddDocumentRequest(
             document_id=file.document_id,
             collection=self._collection,
-            file_name=file.name,
+            file_name=file.name.encode()[-NAME_BYTES_MAX:].decode(errors="ignore"),
             media_type=mimetypes.guess_type(file.path.name)[0] or "",
         )
         # One request id for the upload and all that follows from it.

@@ -226,7 +226,7 @@ class Show:
         why = f"{error.reason}: {described(error)}"
         self.refused += 1
         self.told["searches"].append({"query": text, "found": False, "refused": why})
-        self._terminal.say(f'[bold]"{escape(text)}"[/] [red]was refused: {escape(why)}[/]')
+        self._terminal.say(f'[bold]"{escape(_short(text))}"[/] [red]was refused: {escape(why)}[/]')
 
     async def _derived(self, router: Caller) -> list[Question]:
         """Two questions about foreign documents, from the headings or first words of passages."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tollgate.corpus.v1 import corpus_pb2
 from tollgate.cost.v1 import cost_pb2
 
-from cli.demo.demo import PRICES, question_of, summed
-from tests.running import environment_of, tollgate
+from chassis.settings import load_mesh
+from cli.command import Session
+from cli.demo.demo import PRICES, Question, Show, question_of, summed
+from cli.intake import files_of
+from cli.terminal import Terminal
+from tests.running import Up, environment_of, tollgate
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -69,6 +75,25 @@ def test_foreign_documents_are_searched_and_unreadable_ones_named(
         "Everything is stopped again",
     ):
         assert words in done.stdout
+
+
+async def test_a_refused_search_is_told_and_the_bill_and_the_trace_follow(
+    running: Up, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question that the corpus does not take is one line; nothing after it is lost."""
+    for name, value in running.environment.items():
+        monkeypatch.setenv(name, value)
+    said = io.StringIO()
+    terminal = Terminal(console=Console(file=said, width=160))
+    (tmp_path / "a.md").write_text("# Tides\n\nThe sea comes in twice a day.\n")
+    questions = [Question("sea " * 4000, "a.md", 1), Question("When is high water?", "a.md", 1)]
+    show = Show(Session(load_mesh(), terminal), files_of([tmp_path]), questions)
+    await show.all()
+    assert show.refused == 1
+    assert [search["found"] for search in show.told["searches"]] == [False, True]
+    assert "was refused: INVALID_FIELD: " in said.getvalue()
+    assert show.told["holds"]
+    assert show.told["trace"]
 
 
 def test_nothing_readable_at_all_is_a_failure(state_dir: Path, tmp_path: Path) -> None:
