@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ast
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from chassis import call
 from chassis.errors import BY_REASON
-from chassis.settings import MeshSettings
+from chassis.settings import MeshSettings, load
 from cli import terminal
 from services.cost.main import SERVICES as LEDGER
+from services.router.core.routes import Kind
 from services.router.main import SERVICE as GATE
+from services.router.main import Settings as GateSettings
 from services.router.main import default_routes
 from tests.deploy.variables import ROOMS, ROOT, Variable, all_variables, command_variables
 
@@ -73,6 +77,23 @@ def test_every_setting_is_on_the_page_with_its_default(variable: Variable) -> No
     cells = SETTINGS[variable.name]
     assert cells[1] == f"`{variable.default}`", f"docs/operations.md is not like {expected}"
     assert len(cells[2]) > 10, f"{variable.name}: docs/operations.md does not say what it does"
+
+
+def test_the_backends_on_the_page_are_the_default_but_for_one_mock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The example of TOLLGATE_ROUTER_BACKENDS loads, and differs in the embedder's mock alone."""
+    listed = tmp_path / "backends.json"
+    listed.write_text(section("Settings").split("```json\n")[1].split("```")[0])
+    monkeypatch.setenv("TOLLGATE_ROUTER_BACKENDS_FILE", str(listed))
+    mesh, gate = load(MeshSettings, GateSettings)
+    assert gate.backends is not None
+    routes, default = [backend.route() for backend in gate.backends], default_routes(mesh)
+    (elsewhere,) = set(routes) - set(default)
+    (before,) = set(default) - set(routes)
+    assert len(routes) == len(default)
+    assert (elsewhere.service, elsewhere.kind) == ("embedder", Kind.MOCK)
+    assert replace(elsewhere, address=before.address) == before
 
 
 def test_the_page_names_no_variable_that_the_code_does_not_know() -> None:

@@ -292,6 +292,20 @@ async def test_hybrid_falls_back_to_the_mock_and_says_so(standing: Standing) -> 
     assert not genuine.scope.simulated
 
 
+async def test_a_mock_of_another_daemon_outlives_a_dead_one(standing: Standing) -> None:
+    """HYBRID answers by a mock listed at another address when the genuine daemon is dead."""
+    await standing.set_mode(router_pb2.MODE_HYBRID)
+    await standing.fickle.daemon.server.stop(0)
+    for _ in range(200):
+        listed = await standing.router.ListBackends(router_pb2.ListBackendsRequest())
+        if listed.backends[0].health != router_pb2.BACKEND_HEALTH_SERVING:
+            break
+        await asyncio.sleep(0.05)
+    found = await standing.embed()
+    assert found.answer.provenance.simulated
+    assert list(found.provenance.fell_back_from) == ["fickle"]
+
+
 async def test_real_mode_fails_rather_than_simulate(standing: Standing) -> None:
     """In REAL mode a call fails when no genuine backend can serve it."""
     standing.fickle.behaviour = failing(ProviderUnavailable("busy"))

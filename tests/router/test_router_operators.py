@@ -144,6 +144,20 @@ def test_backends_can_be_set(mesh_without_database: MeshSettings) -> None:
             router.Settings.model_validate({"backends": [listed[0] | fault]})
 
 
+def test_backends_that_are_no_json_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A spoilt list, in the environment or in a file, is a fault by name and without its text."""
+    spoilt = tmp_path / "backends.json"
+    spoilt.write_text("[a secret")
+    for name, value in (("", "[a secret"), ("_FILE", str(spoilt))):
+        with monkeypatch.context() as environment:
+            environment.setenv(f"TOLLGATE_ROUTER_BACKENDS{name}", value)
+            with pytest.raises(SettingsError, match="TOLLGATE_ROUTER_BACKENDS") as fault:
+                load(MeshSettings, router.Settings)
+            assert "secret" not in str(fault.value)
+
+
 def test_each_service_may_have_a_mode_of_its_own() -> None:
     """The mode of the settings is for all services but those that have their own."""
     found = router.Settings.model_validate({"mode": "MOCK", "parser_mode": "HYBRID"}).modes()
