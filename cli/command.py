@@ -124,12 +124,17 @@ class Session:
 
 
 def command(
-    app: typer.Typer, name: str | None = None, **settings: Any
+    app: typer.Typer,
+    name: str | None = None,
+    *,
+    more_faults: Callable[[], list[str]] = list,
+    **settings: Any,
 ) -> Callable[[Callable[Concatenate[Session, P], Any]], Callable[Concatenate[Session, P], Any]]:
     """Make a command of a function, async or not, that takes a Session first.
 
     The options that all commands share are added, and whatever goes wrong becomes one line and an
-    exit code. The function itself stays as it is, to be called from others.
+    exit code. The function itself stays as it is, to be called from others. Where the shared
+    settings are at fault, `more_faults` says what else is, to be told with them.
     """
 
     def register(
@@ -148,7 +153,12 @@ def command(
             terminal = Terminal(as_json=shared["as_json"])
             with ending(terminal):
                 _check_text(given)
-                outcome = function(_session(terminal, **shared), **given)  # type: ignore[call-arg]  # by name
+                try:
+                    session = _session(terminal, **shared)
+                except SettingsError as error:
+                    every = dict.fromkeys([*error.faults, *more_faults()])
+                    raise SettingsError(list(every)) from None
+                outcome = function(session, **given)  # type: ignore[call-arg]  # by name
                 if inspect.isawaitable(outcome):
                     asyncio.run(_awaited(outcome))
 

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
@@ -45,7 +46,7 @@ _POLL_S = 0.05
 _BACKOFF_S, _BACKOFF_MAX_S = 0.5, 30.0
 _STEADY_S = 60.0
 _FAULTS_TIMEOUT_S = 5.0
-_SETTINGS_AT_FAULT = 78
+_SETTINGS_AT_FAULT, _SETTINGS_TIMEOUT_S = 78, 20.0
 _FREE_BYTES_MIN = 64 << 20
 _CHILD = Path(__file__).with_name("child.py")
 
@@ -417,6 +418,33 @@ class Supervisor:
             await waiting
         _kill_group(process.pid)
         self.report.progress(room.name, "stopped")
+
+
+def settings_faults() -> list[str]:
+    """What each daemon finds at fault where the shared settings are, so that it ends at once."""
+    started = [
+        (
+            f"tollgate {room}: ",
+            subprocess.Popen(
+                [sys.executable, "-m", f"services.{room}.main"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+            ),
+        )
+        for room in ROOMS
+    ]
+    found: list[str] = []
+    for prefix, process in started:
+        try:
+            said = process.communicate(timeout=_SETTINGS_TIMEOUT_S)[1].splitlines()
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said = process.communicate()[1].splitlines()
+        found += [line.removeprefix(prefix) for line in said if line.startswith(prefix)]
+    return found
 
 
 HealthCheck = grpc.aio.UnaryUnaryMultiCallable[

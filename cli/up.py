@@ -21,7 +21,7 @@ from rich.text import Text
 
 from chassis.settings import Address, MeshSettings, RoomSettings, load, room_config
 from cli.command import Failed, Session, command
-from cli.supervisor import ROOMS, Interrupted, Reporter, Supervisor, UpError
+from cli.supervisor import ROOMS, Interrupted, Reporter, Supervisor, UpError, settings_faults
 from cli.terminal import INTERRUPTED, Terminal, table
 
 app = typer.Typer()
@@ -37,7 +37,7 @@ _WHAT = {
 }
 
 
-@command(app)
+@command(app, more_faults=settings_faults)
 async def up(session: Session) -> None:
     """Start every daemon on this machine, and keep them running until Ctrl-C.
 
@@ -195,7 +195,7 @@ def variables(mesh: MeshSettings, keys_file: Path | None = None) -> list[str]:
         needed["TOLLGATE_ROUTER_KEYS_FILE"] = str(keys_file)
     lines = [f"export {name}={shlex.quote(value)}" for name, value in needed.items()]
     if mesh.mesh_secret is not None:
-        lines.append("export TOLLGATE_MESH_SECRET=…  # the same as here")
+        lines.append("# with the same TOLLGATE_MESH_SECRET as here")
     return lines
 
 

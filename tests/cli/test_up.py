@@ -180,11 +180,12 @@ def test_the_faults_of_all_daemons_are_told_together(tmp_path: Path) -> None:
 
 
 def test_wrong_settings_are_a_wrong_use(tmp_path: Path) -> None:
-    """A malformed variable is named, never its value, with exit code 2."""
-    environment = environment_of(tmp_path) | {"TOLLGATE_GRACE_S": "s3cret"}
-    refused = tollgate("up", environment=environment)
+    """Wrong variables, shared or of a daemon, are named, never their values; exit code 2."""
+    wrong = {"TOLLGATE_GRACE_S": "s3cret", "TOLLGATE_ROUTER_MODE": "s3cret"}
+    refused = tollgate("up", environment=environment_of(tmp_path) | wrong)
     assert refused.returncode == 2
-    assert "TOLLGATE_GRACE_S" in refused.stderr
+    for variable in wrong:
+        assert refused.stderr.count(variable) == 1, refused.stderr
     assert "s3cret" not in refused.stderr
 
 
