@@ -50,7 +50,8 @@ setup: .venv/.dev ## Make the environment for development
 
 .PHONY: demo up
 demo: .venv/.runtime ## Add real documents, search them, show what it cost: make demo [DOCS=path/…]
-	@$(BIN)/tollgate demo $(DOCS)
+	@# One path may have spaces in it; several are several.
+	@if [ -e "$(DOCS)" ]; then $(BIN)/tollgate demo "$(DOCS)"; else $(BIN)/tollgate demo $(DOCS); fi
 
 up: .venv/.runtime ## Start every daemon, and leave them running until Ctrl-C
 	@$(BIN)/tollgate up
