@@ -52,7 +52,7 @@ def _address(value: str) -> str:
             raise ValueError("a unix socket's path has at most 107 bytes")
         return value
     host, colon, port = value.rpartition(":")
-    if not (host and colon and port.isdecimal() and int(port) < 65536):
+    if not (host and "/" not in host and colon and port.isdecimal() and int(port) < 65536):
         raise ValueError("must be HOST:PORT or unix:PATH")
     return value
 
