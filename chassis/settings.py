@@ -13,7 +13,7 @@ import secrets
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
@@ -78,13 +78,21 @@ class _SecretFiles(PydanticBaseSettingsSource):
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         variable, path = self._named(field_name)
+        if not path:
+            return None, field_name, False
         try:
-            return (Path(path).read_text().strip() if path else None), field_name, False
+            text = Path(path).read_text().strip()
         except (OSError, UnicodeDecodeError):
             raise SettingsError([f"{variable}: the file cannot be read"]) from None
+        try:
+            # Lists and the like are JSON, in a file as in a variable, also where they may be unset.
+            listed = any(get_origin(kind) in (list, dict) for kind in get_args(field.annotation))
+            return self.prepare_field_value(field_name, field, text, listed), field_name, False
+        except ValueError:
+            raise SettingsError([f"{variable}: must hold JSON of the right shape"]) from None
 
     def faults(self) -> list[str]:
-        """Every file that is named and cannot be read."""
+        """What is wrong with the files that are named."""
         found: list[str] = []
         for name, field in self.settings_cls.model_fields.items():
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -109,17 +108,6 @@ class Settings(RoomSettings):
                 "must be `keys` where TOLLGATE_ROUTER_LISTEN is not a loopback address"
             )
         return value
-
-    @field_validator("backends", mode="before")
-    @classmethod
-    def _read(cls, value: object) -> object:
-        """Lists in the environment come decoded; those of a file, as the file has them."""
-        if not isinstance(value, str):
-            return value
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            raise ValueError("must be a JSON list of backends") from None
 
     def modes(self) -> dict[str, Mode]:
         """The mode of each service until it is switched."""

@@ -69,6 +69,16 @@ def test_any_setting_can_come_from_a_file(monkeypatch: pytest.MonkeyPatch) -> No
     assert "p@h" not in repr(mesh)
 
 
+def test_a_file_may_hold_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A structured setting is JSON in a file as it is in a variable."""
+    monkeypatch.setenv("TOLLGATE_KITCHEN_MENU_FILE", "menu")
+    Path("menu").write_text('{"soup": 3}\n')
+    assert load(MeshSettings, Room)[1].menu == {"soup": 3}
+    Path("menu").write_text("{sesame")
+    with pytest.raises(SettingsError, match="TOLLGATE_KITCHEN_MENU_FILE: must hold JSON"):
+        load(MeshSettings, Room)
+
+
 def test_all_faults_are_told_at_once_by_name_and_never_by_value(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
