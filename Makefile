@@ -105,5 +105,5 @@ lock: .venv/.dev ## Pin every dependency anew, with hashes
 ci: ## Everything that must hold: the static checks, then the tests
 	@bash .ci/run
 
-clean: ## Remove the environment and all state of this checkout
-	@rm -rf .venv .tollgate
+clean: ## Remove the environment, so that it is made anew; what the mesh keeps stays
+	@rm -rf .venv

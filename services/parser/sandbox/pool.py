@@ -438,10 +438,17 @@ def resident_bytes(pid: int) -> int:
 
 
 def _library_paths() -> list[str]:
-    """The directories that hold what a worker imports: all that its path will have."""
+    """The directories that hold what a worker imports: all that its path will have.
+
+    Raises ProviderUnavailable where one of them is not installed.
+    """
     paths: dict[str, None] = {}
     for name in LIBRARIES:
         spec = find_spec(name)
-        for location in (spec.submodule_search_locations or []) if spec else []:
+        if spec is None:
+            raise ProviderUnavailable(
+                f"the library {name} is not installed; run `make clean` and try again"
+            )
+        for location in spec.submodule_search_locations or []:
             paths[str(Path(location).parent)] = None
     return list(paths)
