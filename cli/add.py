@@ -208,5 +208,5 @@ def _tell_what_goes_on(files: Sequence[Added], terminal: Terminal) -> None:
         terminal.say(
             f"the mesh goes on with {taken} of the documents: `tollgate documents` shows them"
         )
-    if untaken and untaken < len(files):
-        terminal.say(f"{untaken} were not sent: add them again")
+    if untaken:
+        terminal.say(f"{untaken} may not have been sent: add them again, which is safe")
