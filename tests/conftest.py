@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ from pydantic import SecretStr
 from chassis.call import Call, calling
 from chassis.embedded import EmbeddedPostgres
 from chassis.settings import MeshSettings
+
+# A shell that runs the tests in the background has SIGINT ignored, and every process that a test
+# starts would inherit that: Ctrl-C could not be tried.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Its data is thrown away with the session, so nothing waits for the disk.
 _THROWAWAY = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}

