@@ -29,6 +29,7 @@ from chassis.status import to_grpc
 log = logging.getLogger(__name__)
 
 LINGER_S = 0.5
+GONE_S = 0.02
 LINGER_MESSAGES_MAX = 64
 
 Metadata = dict[str, str | bytes]
@@ -198,6 +199,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
         async def serve(request: Any, context: Context) -> Any:
             metadata: Metadata = dict(context.invocation_metadata() or ())
             serving = Serving(method, context, metadata, self._guard)
+            if handler.request_streaming:
+                request = _received(request)
             try:
                 return await _descend(serving, lambda: behaviour(request, context), 0)
             except TollgateError as error:
@@ -221,6 +224,17 @@ def _descend(serving: Serving, proceed: Proceed, depth: int) -> Awaitable[Any]:
     if depth == len(LAYERS):
         return proceed()
     return LAYERS[depth](serving, lambda: _descend(serving, proceed, depth + 1))
+
+
+async def _received(requests: Any) -> Any:
+    """The messages of a caller that has ended, and not of one that has gone away.
+
+    gRPC tells the end of both in the same way, and the cancellation of the second a moment later:
+    half an upload must not pass for a whole one.
+    """
+    async for message in requests:
+        yield message
+    await asyncio.sleep(GONE_S)
 
 
 async def _linger(context: Context) -> None:
