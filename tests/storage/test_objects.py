@@ -565,7 +565,7 @@ async def test_bytes_that_no_object_names_are_swept(mesh: MeshSettings) -> None:
 
 async def test_a_named_blob_is_never_swept(mesh: MeshSettings) -> None:
     """However old, bytes that an object of any tenant names are kept, copies among them."""
-    settings = Settings(listen="127.0.0.1:0", sweep_age_s=0, sweep_s=0.05)
+    settings = Settings(listen="127.0.0.1:0", sweep_age_s=1, sweep_s=0.05)
     async with wire(mesh, settings) as daemon:
         for tenant in ("acme", "other"):
             async with calling_as(daemon.address, mesh, tenant) as caller:
